@@ -1,0 +1,195 @@
+"""Upsampling modules: CARAFE and the methods its paper compares it with, built by name.
+
+Nothing here needs Detectron2.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .ops import carafe, carafe_upsample
+from .reference import carafe_naive
+
+
+class CARAFE(nn.Module):
+    """Reassembles features with given kernels: the operator :func:`carafe_d2.carafe` as a module.
+
+    Args:
+        kernel_size: side of the reassembly kernel, odd.
+        group_size: number of channel groups, each with kernels of its own.
+        scale_factor: upsampling ratio.
+
+    Shapes:
+        features (N, C, H, W) and masks (N, group_size * kernel_size**2, scale_factor * H,
+        scale_factor * W) give (N, C, scale_factor * H, scale_factor * W).
+    """
+
+    _operator = staticmethod(carafe)
+
+    def __init__(self, kernel_size: int, group_size: int, scale_factor: int):
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.group_size = group_size
+        self.scale_factor = scale_factor
+
+    def forward(self, features: Tensor, masks: Tensor) -> Tensor:
+        return self._operator(features, masks, self.kernel_size, self.group_size, self.scale_factor)
+
+    def extra_repr(self) -> str:
+        return (
+            f"kernel_size={self.kernel_size}, group_size={self.group_size}, "
+            f"scale_factor={self.scale_factor}"
+        )
+
+
+class CARAFENaive(CARAFE):
+    """:class:`CARAFE` computed by its definition in plain PyTorch: slow, but runs anywhere."""
+
+    _operator = staticmethod(carafe_naive)
+
+
+class CARAFEPack(nn.Module):
+    """The CARAFE upsampler: predicts a kernel for every output pixel and reassembles with it.
+
+    Kernel prediction module (paper, section 3.2): a 1x1 convolution compresses the channels, a
+    convolution over their neighbourhood puts out the kernels of ``scale_factor**2`` output pixels
+    for each location, and a softmax makes every kernel sum to one. The content-aware reassembly
+    module (section 3.3) applies them.
+
+    Args:
+        channels: channels of the input and of the output; a multiple of ``up_group``.
+        scale_factor: upsampling ratio.
+        up_kernel: side of the reassembly kernel, odd (k_up).
+        up_group: number of channel groups with kernels of their own.
+        encoder_kernel: side of the content encoder's convolution, odd (k_encoder).
+        encoder_dilation: dilation of that convolution.
+        compressed_channels: channels between compressor and encoder (C_m).
+
+    Shapes:
+        (N, channels, H, W) gives (N, channels, scale_factor * H, scale_factor * W).
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        scale_factor: int,
+        up_kernel: int = 5,
+        up_group: int = 1,
+        encoder_kernel: int = 3,
+        encoder_dilation: int = 1,
+        compressed_channels: int = 64,
+    ):
+        super().__init__()
+        for name, value in {
+            "channels": channels,
+            "scale_factor": scale_factor,
+            "up_kernel": up_kernel,
+            "up_group": up_group,
+            "encoder_kernel": encoder_kernel,
+            "encoder_dilation": encoder_dilation,
+            "compressed_channels": compressed_channels,
+        }.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+            if name in ("up_kernel", "encoder_kernel") and value % 2 == 0:
+                raise ValueError(f"{name} must be odd, got {value}")
+            setattr(self, name, value)
+        if channels % up_group:
+            raise ValueError(f"up_group must divide channels = {channels}, got {up_group}")
+
+        self.channel_compressor = nn.Conv2d(channels, compressed_channels, kernel_size=1)
+        self.content_encoder = nn.Conv2d(
+            compressed_channels,
+            up_group * up_kernel**2 * scale_factor**2,
+            kernel_size=encoder_kernel,
+            padding=encoder_dilation * (encoder_kernel - 1) // 2,
+            dilation=encoder_dilation,
+        )
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialises as published: the tiny encoder makes all kernels start as a plain mean."""
+        nn.init.xavier_uniform_(self.channel_compressor.weight)
+        nn.init.normal_(self.content_encoder.weight, std=0.001)
+        nn.init.zeros_(self.channel_compressor.bias)
+        nn.init.zeros_(self.content_encoder.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel_logits = self.content_encoder(self.channel_compressor(x))
+        return carafe_upsample(x, kernel_logits, self.up_kernel, self.up_group, self.scale_factor)
+
+
+class PixelShufflePack(nn.Module):
+    """Sub-pixel convolution (Shi et al., CVPR 2016): a convolution, then a pixel shuffle.
+
+    Args:
+        channels: channels of the input and of the output.
+        scale_factor: upsampling ratio.
+        kernel_size: side of the convolution, odd.
+
+    Shapes:
+        (N, channels, H, W) gives (N, channels, scale_factor * H, scale_factor * W).
+    """
+
+    def __init__(self, channels: int, scale_factor: int, kernel_size: int = 3):
+        super().__init__()
+        self.scale_factor = scale_factor
+        self.upsample_conv = nn.Conv2d(
+            channels, channels * scale_factor**2, kernel_size, padding=(kernel_size - 1) // 2
+        )
+        nn.init.xavier_uniform_(self.upsample_conv.weight)
+        nn.init.zeros_(self.upsample_conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.upsample_conv(x), self.scale_factor)
+
+
+def _deconv(channels: int, scale_factor: int, kernel_size: int = 3) -> nn.ConvTranspose2d:
+    """A transposed convolution that puts out exactly ``scale_factor`` times the input's size."""
+    padding = (kernel_size - scale_factor + 1) // 2
+    deconv = nn.ConvTranspose2d(
+        channels,
+        channels,
+        kernel_size,
+        stride=scale_factor,
+        padding=padding,
+        output_padding=2 * padding + scale_factor - kernel_size,
+    )
+    nn.init.xavier_uniform_(deconv.weight)
+    nn.init.zeros_(deconv.bias)
+    return deconv
+
+
+UPSAMPLERS: dict[str, Callable[..., nn.Module]] = {
+    "carafe": CARAFEPack,
+    "nearest": lambda channels, scale_factor: nn.Upsample(scale_factor=scale_factor),
+    "bilinear": lambda channels, scale_factor: nn.Upsample(
+        scale_factor=scale_factor, mode="bilinear", align_corners=False
+    ),
+    "deconv": _deconv,
+    "pixel_shuffle": PixelShufflePack,
+}
+
+
+def build_upsampler(name: str, channels: int, scale_factor: int = 2, **options) -> nn.Module:
+    """Builds an upsampler that keeps the number of channels.
+
+    Args:
+        name: one of ``UPSAMPLERS``: carafe, nearest, bilinear, deconv, pixel_shuffle.
+        channels: channels of the input and of the output.
+        scale_factor: upsampling ratio.
+        **options: further arguments of that upsampler, e.g. those of :class:`CARAFEPack`.
+
+    Returns:
+        A module from (N, channels, H, W) to (N, channels, scale_factor * H, scale_factor * W).
+
+    Raises:
+        ValueError: the name is unknown, or an option is out of its range.
+    """
+    if name not in UPSAMPLERS:
+        raise ValueError(f"upsampler must be one of {', '.join(UPSAMPLERS)}, got {name!r}")
+    return UPSAMPLERS[name](channels, scale_factor, **options)

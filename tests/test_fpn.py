@@ -1,0 +1,177 @@
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_backbone
+from detectron2.modeling.backbone import FPN, Backbone
+from torch import nn
+from torch.nn import functional as F
+
+from carafe_d2 import CarafeFPN, add_carafe_config
+from carafe_d2.errors import UserError
+from carafe_d2.upsample import UPSAMPLERS
+
+CHANNELS = {"res2": 4, "res3": 6, "res4": 8, "res5": 10}
+
+
+class PooledImage(Backbone):
+    """A bottom-up network without parameters: channels of the average-pooled image."""
+
+    def forward(self, x):
+        return {
+            name: F.avg_pool2d(x, 2**i, ceil_mode=True)[:, : CHANNELS[name]]
+            for i, name in enumerate(CHANNELS, start=2)
+        }
+
+    def output_shape(self):
+        return {
+            name: ShapeSpec(channels=CHANNELS[name], stride=2**i)
+            for i, name in enumerate(CHANNELS, start=2)
+        }
+
+
+def build(**options):
+    return CarafeFPN(PooledImage(), list(CHANNELS), 12, **options)
+
+
+def published_pyramid(fpn: CarafeFPN, x: torch.Tensor) -> list[torch.Tensor]:
+    """The pyramid of the published models, written out level by level."""
+    c2, c3, c4, c5 = fpn.bottom_up(x).values()
+    l6 = F.conv2d(c5, fpn.fpn_lateral6.weight, fpn.fpn_lateral6.bias, stride=2, padding=1)
+    laterals = []
+    for i, c in enumerate((c2, c3, c4, c5), start=2):
+        conv = getattr(fpn, f"fpn_lateral{i}")
+        laterals.append(F.conv2d(c, conv.weight, conv.bias))
+    laterals.append(l6)
+    for i in (3, 2, 1, 0):
+        height, width = laterals[i].shape[-2:]
+        upsampled = getattr(fpn, f"fpn_upsample{i + 2}")(laterals[i + 1])
+        laterals[i] = laterals[i] + upsampled[:, :, :height, :width]
+    outputs = []
+    for i, lateral in enumerate(laterals, start=2):
+        conv = getattr(fpn, f"fpn_output{i}")
+        outputs.append(F.conv2d(lateral, conv.weight, conv.bias, padding=1))
+    return outputs
+
+
+@pytest.mark.parametrize("upsampler", UPSAMPLERS)
+@pytest.mark.parametrize("size", [(64, 128), (72, 100)], ids=["divisible", "cropped"])
+def test_equals_the_published_pyramid(upsampler, size):
+    torch.manual_seed(0)
+    fpn = build(upsampler={"name": upsampler})
+    x = torch.randn(2, 10, *size)
+    outputs = fpn(x)
+    assert list(outputs) == ["p2", "p3", "p4", "p5", "p6"]
+    for ours, published in zip(outputs.values(), published_pyramid(fpn, x), strict=True):
+        torch.testing.assert_close(ours, published)
+
+
+def test_shapes_and_size_divisibility():
+    fpn = build()
+    assert fpn.size_divisibility == 64
+    shapes = fpn.output_shape()
+    assert [(name, s.stride, s.channels) for name, s in shapes.items()] == [
+        (f"p{i}", 2**i, 12) for i in (2, 3, 4, 5, 6)
+    ]
+    for name, p in fpn(torch.zeros(1, 10, 64, 128)).items():
+        assert p.shape == (1, 12, 64 // shapes[name].stride, 128 // shapes[name].stride)
+
+
+def test_every_parameter_gets_a_gradient():
+    fpn = build(num_extra_levels=2)
+    sum(p.square().sum() for p in fpn(torch.randn(1, 10, 128, 128)).values()).backward()
+    assert [name for name, p in fpn.named_parameters() if p.grad is None] == []
+
+
+def test_initialisation_is_xavier_uniform_with_zero_biases():
+    weight = CarafeFPN(PooledImage(), list(CHANNELS), 256).fpn_output3.weight
+    bound = (6 / (2 * 256 * 9)) ** 0.5
+    assert 0.99 * bound < weight.abs().max() <= bound
+    assert not build().fpn_lateral6.bias.any()
+
+
+def test_average_fusion():
+    fpn = build(upsampler={"name": "nearest"}, num_extra_levels=0, fuse_type="avg")
+    x = torch.randn(1, 10, 32, 32)
+    c4, c5 = list(fpn.bottom_up(x).values())[2:]
+    merged = (fpn.fpn_lateral4(c4) + F.interpolate(fpn.fpn_lateral5(c5), scale_factor=2)) / 2
+    torch.testing.assert_close(fpn(x)["p4"], fpn.fpn_output4(merged))
+
+
+def test_weights_of_detectron2s_pyramid_load():
+    stock = FPN(PooledImage(), list(CHANNELS), 12)
+    missing, unexpected = build().load_state_dict(stock.state_dict(), strict=False)
+    assert unexpected == []
+    assert {name.split(".")[0] for name in missing} == {
+        "fpn_lateral6",
+        "fpn_output6",
+        "fpn_upsample2",
+        "fpn_upsample3",
+        "fpn_upsample4",
+        "fpn_upsample5",
+    }
+
+
+@pytest.mark.parametrize(("norm", "layer"), [("BN", nn.BatchNorm2d), ("GN", nn.GroupNorm)])
+def test_normalisation_replaces_biases(norm, layer):
+    fpn = CarafeFPN(PooledImage(), list(CHANNELS), 32, norm=norm)
+    assert isinstance(fpn.fpn_lateral6.norm, layer)
+    assert fpn.fpn_lateral6.bias is None
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="halve the resolution"):
+        CarafeFPN(PooledImage(), ["res2", "res4"], 12)
+    with pytest.raises(ValueError, match="fuse_type"):
+        build(fuse_type="max")
+
+
+def resnet_config():
+    cfg = get_cfg()
+    add_carafe_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_carafe_fpn_backbone"
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.OUT_CHANNELS = 16
+    return cfg
+
+
+def test_config_reaches_the_upsamplers():
+    cfg = resnet_config()
+    cfg.MODEL.CARAFE.UP_KERNEL = 7
+    cfg.MODEL.CARAFE.UP_GROUP = 2
+    cfg.MODEL.CARAFE.ENCODER_KERNEL = 1
+    cfg.MODEL.CARAFE.COMPRESSED_CHANNELS = 8
+    pack = build_backbone(cfg).fpn_upsample5
+    assert pack.content_encoder.weight.shape == (7 * 7 * 2 * 4, 8, 1, 1)
+
+
+def test_retinanet_backbone_has_two_extra_levels():
+    cfg = resnet_config()
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_carafe_fpn_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    backbone = build_backbone(cfg)
+    assert backbone.size_divisibility == 128
+    outputs = backbone(torch.zeros(1, 3, 128, 256))
+    assert {name: p.shape[-2:] for name, p in outputs.items()} == {
+        f"p{i}": (128 // 2**i, 256 // 2**i) for i in (3, 4, 5, 6, 7)
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MODEL.FPN.UPSAMPLE", "bicubic"),
+        ("MODEL.CARAFE.UP_KERNEL", 4),
+        ("MODEL.CARAFE.ENCODER_KERNEL", -1),
+        ("MODEL.CARAFE.COMPRESSED_CHANNELS", 0),
+        ("MODEL.CARAFE.UP_GROUP", 3),
+    ],
+)
+def test_wrong_config_values_are_named(key, value):
+    cfg = resnet_config()
+    cfg.merge_from_list([key, value])
+    with pytest.raises(UserError, match=f"{key}.*{value}"):
+        build_backbone(cfg)
