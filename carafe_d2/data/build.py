@@ -1,0 +1,209 @@
+"""Data loaders for training that resumes exactly, and for evaluation."""
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetFromList,
+    DatasetMapper,
+    MapDataset,
+    MetadataCatalog,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.data.samplers import (
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import UserError
+
+
+def check_datasets(names: Iterable[str]) -> None:
+    """Checks that the files of registered datasets are there, before anything expensive starts.
+
+    Raises:
+        UserError: a dataset is unknown, or its annotations or images are missing; the message
+            names the path looked for and the variable that sets it.
+    """
+    for name in names:
+        if name not in MetadataCatalog.list():
+            raise UserError(f"dataset {name!r} of DATASETS.TRAIN or TEST is not registered")
+        metadata = MetadataCatalog.get(name)
+        for key in ("json_file", "image_root"):
+            path = metadata.get(key)
+            if path and not os.path.exists(path):
+                cure = metadata.get("how_to_get", "put it there")
+                raise UserError(
+                    f"dataset {name!r}: {os.path.abspath(path)} does not exist; {cure}, or set "
+                    "DETECTRON2_DATASETS to the folder that holds your datasets "
+                    f"(now {os.environ.get('DETECTRON2_DATASETS', 'datasets')!r})"
+                )
+
+
+class CarafeDatasetMapper(DatasetMapper):
+    """Detectron2's mapper, but an image that cannot be read is reported by its file name.
+
+    Raises:
+        UserError: the image is missing, does not decode, or is not of the annotated size.
+    """
+
+    def __call__(self, dataset_dict: dict) -> dict:
+        try:
+            return super().__call__(dataset_dict)
+        except (OSError, SyntaxError, SizeMismatchError) as error:  # Pillow raises all of them
+            raise UserError(f"cannot read image {dataset_dict['file_name']}: {error}") from error
+
+
+class _SeededDataset(Dataset):
+    """Maps (seed, index) to ``dataset[index]`` with the augmentation's randomness set by seed."""
+
+    def __init__(self, dataset: Dataset):
+        self._dataset = dataset
+
+    def __getitem__(self, seed_and_index: tuple[int, int]):
+        seed, index = seed_and_index
+        seed_all_rng(seed)
+        return self._dataset[index]
+
+
+class TrainLoader:
+    """An endless loader of training batches whose iteration i is the same whenever it is asked for.
+
+    The order of the images, their augmentation and the random state that the model sees in
+    iteration i are functions of ``seed``, i and the rank alone. So training goes on after an
+    interruption exactly as it would have gone on without it: set ``seed`` and ``start_iter`` to
+    those of the checkpoint before the first batch is taken.
+
+    Attributes:
+        seed: determines everything random in training.
+        start_iter: the iteration of the first batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        wide: Sequence[bool] | None,
+        build_sampler,
+        *,
+        seed: int,
+        batch_size: int,
+        num_workers: int = 0,
+    ):
+        """
+        Args:
+            dataset: map-style dataset of mapped images.
+            wide: for each image whether it is wider than high, to batch images of one orientation
+                together; None batches them as they come.
+            build_sampler: makes of a seed the endless sampler of indices into ``dataset``.
+            seed: see above.
+            batch_size: images in a batch of this process.
+            num_workers: data-loading processes.
+        """
+        self.seed = seed
+        self.start_iter = 0
+        self._dataset = _SeededDataset(dataset)
+        self._wide = wide
+        self._build_sampler = build_sampler
+        self._batch_size = batch_size
+        self._num_workers = num_workers
+
+    def _seed_of(self, *key: int) -> int:
+        """A seed for one thing in training, independent of those of other keys."""
+        return int(np.random.SeedSequence([self.seed, comm.get_rank(), *key]).generate_state(1)[0])
+
+    def _batches(self) -> Iterator[list[int]]:
+        """All batches of indices, from iteration 0."""
+        groups: tuple[list[int], list[int]] = ([], [])
+        for index in self._build_sampler(self.seed):
+            group = groups[self._wide is not None and self._wide[index]]
+            group.append(index)
+            if len(group) == self._batch_size:
+                yield group.copy()
+                group.clear()
+
+    def _seeded_batches(self) -> Iterator[list[tuple[int, int]]]:
+        batches = itertools.islice(enumerate(self._batches()), self.start_iter, None)
+        for iteration, batch in batches:
+            yield [(self._seed_of(iteration, i), index) for i, index in enumerate(batch, start=1)]
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        # A generator, so that nothing happens before the first batch is taken: the trainer makes
+        # its iterator before it knows the iteration that it resumes from.
+        loader = DataLoader(
+            self._dataset,
+            batch_sampler=self._seeded_batches(),
+            num_workers=self._num_workers,
+            collate_fn=trivial_batch_collator,
+        )
+        for iteration, batch in enumerate(loader, start=self.start_iter):
+            seed_all_rng(self._seed_of(iteration))
+            yield batch
+
+
+def build_train_loader(cfg: CfgNode) -> TrainLoader:
+    """Builds the training loader that a config describes; the counterpart of Detectron2's
+    ``build_detection_train_loader``, with the same keys.
+
+    Raises:
+        UserError: DATALOADER.SAMPLER_TRAIN is unknown, or SOLVER.IMS_PER_BATCH cannot be shared
+            among the processes.
+    """
+    dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=(
+            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+        ),
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+
+    samplers = {
+        "TrainingSampler": lambda seed: TrainingSampler(len(dicts), seed=seed),
+        "RepeatFactorTrainingSampler": lambda seed: RepeatFactorTrainingSampler(
+            RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+                dicts, cfg.DATALOADER.REPEAT_THRESHOLD
+            ),
+            seed=seed,
+        ),
+        "RandomSubsetTrainingSampler": lambda seed: RandomSubsetTrainingSampler(
+            len(dicts), cfg.DATALOADER.RANDOM_SUBSET_RATIO, seed_shuffle=seed, seed_subset=seed
+        ),
+    }
+    sampler = cfg.DATALOADER.SAMPLER_TRAIN
+    if sampler not in samplers:
+        raise UserError(
+            f"DATALOADER.SAMPLER_TRAIN must be one of {', '.join(samplers)}, got {sampler!r}"
+        )
+
+    batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
+    if rest or not batch_size:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH = {cfg.SOLVER.IMS_PER_BATCH} must be a multiple of the number "
+            f"of processes, {comm.get_world_size()}"
+        )
+
+    return TrainLoader(
+        MapDataset(DatasetFromList(dicts, copy=False), CarafeDatasetMapper(cfg, True)),
+        [d["width"] > d["height"] for d in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
+        samplers[sampler],
+        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        batch_size=batch_size,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str):
+    """Detectron2's test loader with the mapper that reports unreadable images by name."""
+    return build_detection_test_loader(
+        cfg, dataset_name, mapper=CarafeDatasetMapper(cfg, is_train=False)
+    )

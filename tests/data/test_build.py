@@ -1,0 +1,170 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.common import AspectRatioGroupedDataset
+from detectron2.data.samplers import TrainingSampler
+from detectron2.utils import comm
+from PIL import Image
+
+from carafe_d2.data.build import (
+    CarafeDatasetMapper,
+    TrainLoader,
+    build_test_loader,
+    build_train_loader,
+    check_datasets,
+)
+from carafe_d2.errors import UserError
+
+
+class RandomItems:
+    """A dataset whose items hold their index and a number of each random generator."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return index, np.random.rand(), torch.rand(()).item()
+
+
+def loader(seed=7, num_workers=0, wide=None, batch_size=3):
+    return TrainLoader(
+        RandomItems(),
+        wide,
+        lambda seed: TrainingSampler(10, seed=seed),
+        seed=seed,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+
+
+def steps(loader, count):
+    """The batches, each with a number that a model would draw while it works on the batch."""
+    return [(batch, torch.rand(()).item()) for batch in itertools.islice(loader, count)]
+
+
+def test_resumed_batches_and_random_state_are_those_of_the_uninterrupted_run():
+    whole = steps(loader(), 12)
+    resumed = loader()
+    resumed.start_iter = 5
+    assert steps(resumed, 7) == whole[5:]
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(num_workers):
+    assert steps(loader(num_workers=num_workers), 6) == steps(loader(), 6)
+
+
+def test_state_set_after_the_iterator_was_made_counts():
+    """Detectron2's trainer makes the iterator first and loads the checkpoint then."""
+    late = loader(seed=1)
+    iterator = iter(late)
+    late.seed, late.start_iter = 7, 2
+    assert next(iterator) == steps(loader(), 3)[2][0]
+
+
+def test_seeds_and_iterations_differ():
+    draws = [
+        draw
+        for batch, step_draw in steps(loader(), 5) + steps(loader(seed=8), 5)
+        for draw in [step_draw, *(d for item in batch for d in item[1:])]
+    ]
+    assert len(set(draws)) == len(draws)
+
+
+def test_an_epoch_has_every_image_once():
+    indices = [item[0] for batch, _ in steps(loader(batch_size=5), 4) for item in batch]
+    assert sorted(indices[:10]) == sorted(indices[10:]) == list(range(10))
+    assert indices[:10] != indices[10:]
+
+
+def test_ranks_share_the_images(monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    seen = []
+    for rank in (0, 1):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        batches = steps(loader(batch_size=5), 1)
+        seen.append([item for batch, _ in batches for item in batch])
+    assert sorted(item[0] for items in seen for item in items) == list(range(10))
+    assert not {item[1] for item in seen[0]} & {item[1] for item in seen[1]}
+
+
+def test_orientations_are_batched_as_by_detectron2():
+    wide = [i % 3 == 0 for i in range(10)]
+    ours = [[item[0] for item in batch] for batch, _ in steps(loader(wide=wide), 20)]
+    stream = ({"index": i, "width": 1 + wide[i], "height": 1} for i in TrainingSampler(10, seed=7))
+    # Detectron2 counts only width > height as wide, so does the loader's caller.
+    theirs = itertools.islice(AspectRatioGroupedDataset(stream, 3), 20)
+    assert ours == [[item["index"] for item in batch] for batch in theirs]
+
+
+@pytest.fixture
+def broken_dataset(tmp_path):
+    """Registers a dataset of one image, to be spoilt by the test; yields its file."""
+    name = "broken_for_test"
+    file = tmp_path / "image.png"
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file)
+    record = {"file_name": str(file), "image_id": 0, "width": 8, "height": 8, "annotations": []}
+    DatasetCatalog.register(name, lambda: [record])
+    MetadataCatalog.get(name).set(thing_classes=["thing"])
+    yield file
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def broken_config(num_workers=0):
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("broken_for_test",)
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    cfg.DATALOADER.NUM_WORKERS = num_workers
+    cfg.SOLVER.IMS_PER_BATCH = 1
+    return cfg
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda file: file.write_bytes(b"no image"),
+        lambda file: file.write_bytes(file.read_bytes()[:40]),
+        lambda file: file.unlink(),
+        lambda file: Image.new("RGB", (9, 8)).save(file),
+    ],
+    ids=["foreign", "truncated", "missing", "other size"],
+)
+def test_unreadable_image_is_named(broken_dataset, spoil, num_workers):
+    spoil(broken_dataset)
+    cfg = broken_config(num_workers)
+    for batches in (build_train_loader(cfg), build_test_loader(cfg, cfg.DATASETS.TEST[0])):
+        with pytest.raises(UserError, match=f"cannot read image {broken_dataset}"):
+            next(iter(batches))
+
+
+def test_mapper_passes_good_images(broken_dataset):
+    record = DatasetCatalog.get("broken_for_test")[0]
+    assert CarafeDatasetMapper(broken_config(), is_train=False)(record)["image"].shape[0] == 3
+
+
+def test_wrong_keys_are_named(broken_dataset, monkeypatch):
+    cfg = broken_config()
+    cfg.DATALOADER.SAMPLER_TRAIN = "BestSampler"
+    with pytest.raises(UserError, match=r"DATALOADER.SAMPLER_TRAIN .*'BestSampler'"):
+        build_train_loader(cfg)
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"SOLVER.IMS_PER_BATCH = 1 .* 2"):
+        build_train_loader(broken_config())
+
+
+def test_missing_dataset_names_path_and_variable(tmp_path):
+    name = "missing_for_test"
+    MetadataCatalog.get(name).set(json_file=str(tmp_path / "absent.json"))
+    try:
+        with pytest.raises(UserError, match=r"absent\.json does not exist.*DETECTRON2_DATASETS"):
+            check_datasets([name])
+    finally:
+        MetadataCatalog.remove(name)
+    with pytest.raises(UserError, match=r"'nonsense' .* is not registered"):
+        check_datasets(["nonsense"])

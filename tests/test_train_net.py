@@ -1,0 +1,168 @@
+"""The command line of train_net.py, on a small `shapes` dataset and a small model."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "20", "MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "8"),
+    *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "12", "SOLVER.STEPS", "(10,)"),
+    *("SOLVER.CHECKPOINT_PERIOD", "2", "SOLVER.BASE_LR", "0.001"),
+]
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("datasets")
+    command = [sys.executable, "-m", "carafe_d2.data.shapes", "--root", root]
+    subprocess.run([*command, "--train", "12", "--val", "4", "--size", "64"], check=True)
+    return root
+
+
+@pytest.fixture(scope="module")
+def start(datasets):
+    """Starts train_net.py; stdout and stderr come in one stream."""
+
+    def start(*arguments, config="shapes_mask_rcnn_R18_FPN_carafe", **environment):
+        return subprocess.Popen(
+            [
+                *(sys.executable, ROOT / "train_net.py"),
+                *("--config-file", ROOT / "configs" / f"{config}.yaml", *map(str, arguments)),
+            ],
+            env={**os.environ, "DETECTRON2_DATASETS": str(datasets), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+def finish(process, returncode=0):
+    output, _ = process.communicate()
+    assert process.returncode == returncode, output
+    return output
+
+
+def average_precisions(output):
+    """The last evaluation in a log: box AP and mask AP."""
+    tables = re.findall(r"Evaluation results for (bbox|segm): \n.*\n.*\n\|\s*([\d.]+|nan)", output)
+    return dict(tables[-2:])
+
+
+@pytest.fixture(scope="module")
+def trained(start, tmp_path_factory):
+    """A finished training: its output folder and its log."""
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, finish(start(*SMALL, "OUTPUT_DIR", folder))
+
+
+def test_training_ends_with_evaluation_of_boxes_and_masks(trained):
+    folder, output = trained
+    assert set(average_precisions(output)) == {"bbox", "segm"}
+    assert (folder / "model_final.pth").is_file()
+    assert (folder / "inference" / "coco_instances_results.json").is_file()
+    metrics = [json.loads(line) for line in (folder / "metrics.json").open()]
+    assert {"loss_mask", "loss_cls", "bbox/AP", "segm/AP"} <= metrics[-1].keys()
+
+
+def test_cpu_is_announced_once(trained):
+    expected = 0 if torch.cuda.is_available() else 1
+    assert trained[1].count("No GPU found: running on the CPU") == expected
+
+
+@pytest.mark.slow
+def test_killed_training_resumes_to_the_same_result(start, trained, tmp_path):
+    arguments = [*SMALL, "OUTPUT_DIR", tmp_path]
+    process = start(*arguments)
+    last_checkpoint = tmp_path / "last_checkpoint"
+    while process.poll() is None and not (
+        last_checkpoint.exists() and last_checkpoint.read_text() >= "model_0000003.pth"
+    ):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "model_final.pth").exists(), "finished before it was killed"
+
+    output = finish(start("--resume", *arguments))
+    resumed_at = int(re.search(r"Starting training from iteration (\d+)", output)[1])
+    assert 4 <= resumed_at < 12
+    assert average_precisions(output) == average_precisions(trained[1])
+    ours, theirs = (
+        torch.load(folder / "model_final.pth", weights_only=True)
+        for folder in (tmp_path, trained[0])
+    )
+    assert ours["iteration"] == theirs["iteration"] == 11
+    for key, weight in theirs["model"].items():
+        assert torch.equal(ours["model"][key], weight), key
+
+
+def test_evaluation_only_gives_the_results_of_the_training(start, trained, tmp_path):
+    folder, output = trained
+    weights = ["MODEL.WEIGHTS", folder / "model_final.pth", "OUTPUT_DIR", tmp_path]
+    assert average_precisions(finish(start("--eval-only", *SMALL, *weights))) == (
+        average_precisions(output)
+    )
+
+
+def test_results_are_verified(start, trained, tmp_path):
+    output = finish(
+        start(
+            "--eval-only",
+            *SMALL,
+            *("MODEL.WEIGHTS", trained[0] / "model_final.pth", "OUTPUT_DIR", tmp_path),
+            *("TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 99.0, 0.5]]"),
+        ),
+        returncode=1,
+    )
+    assert "Result verification failed" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config-file", "absent.yaml"], r"config file 'absent\.yaml' does not exist"),
+        (["MODEL.NONSENSE", "1"], r"Non-existent (config )?key: MODEL\.NONSENSE"),
+        (["MODEL.WEIGHTS", "absent.pth"], r"weights absent\.pth do not exist.*MODEL\.WEIGHTS"),
+        (["MODEL.FPN.UPSAMPLE", "bicubic"], r"MODEL\.FPN\.UPSAMPLE must be one of .*'bicubic'"),
+        (["MODEL.CARAFE.UP_GROUP", "5"], r"MODEL\.CARAFE\.UP_GROUP = 5 must divide the 64"),
+        (["DATASETS.TRAIN", "('nonsense',)"], r"dataset 'nonsense' .* is not registered"),
+        (["--num-gpus", "99"], r"--num-gpus 99"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_mistakes_get_one_clear_line(start, tmp_path, arguments, message):
+    output = finish(start(*arguments, *SMALL, "OUTPUT_DIR", tmp_path), returncode=1)
+    assert re.search(f"^error: .*{message}", output, re.MULTILINE), output
+    assert "Traceback" not in output
+
+
+def test_missing_coco_names_path_and_variable(start, tmp_path):
+    process = start(config="mask_rcnn_R50_FPN_carafe_1x", DETECTRON2_DATASETS=str(tmp_path))
+    output = finish(process, returncode=1)
+    path = tmp_path / "coco/annotations/instances_train2017.json"
+    assert f"{path} does not exist" in output
+    assert "DETECTRON2_DATASETS" in output
+    assert "Traceback" not in output
+
+
+def test_image_that_does_not_decode_is_named(start, datasets, tmp_path):
+    shutil.copytree(datasets / "shapes", tmp_path / "shapes")
+    for image in (tmp_path / "shapes" / "train").iterdir():
+        image.write_bytes(image.read_bytes()[:100])
+    process = start(*SMALL, "OUTPUT_DIR", tmp_path / "out", DETECTRON2_DATASETS=str(tmp_path))
+    output = finish(process, returncode=1)
+    assert re.search(r"^error: cannot read image .*shapes/train/\d+\.png", output, re.MULTILINE)
+    assert "Traceback" not in output
