@@ -1,0 +1,56 @@
+"""CARAFE: Content-Aware ReAssembly of FEatures, for PyTorch and Detectron2.
+
+The operator and the upsamplers need only PyTorch. Where Detectron2 is installed, importing this
+package registers the backbones, the mask head and the ``shapes`` dataset with it.
+"""
+
+from importlib.util import find_spec
+
+from .ops import carafe, carafe_upsample
+from .reference import carafe_naive
+from .upsample import CARAFE, CARAFENaive, CARAFEPack, PixelShufflePack, build_upsampler
+from .version import __version__
+
+__all__ = [
+    "CARAFE",
+    "CARAFENaive",
+    "CARAFEPack",
+    "PixelShufflePack",
+    "__version__",
+    "build_upsampler",
+    "carafe",
+    "carafe_naive",
+    "carafe_upsample",
+]
+
+_DETECTRON2_NAMES = [
+    "CarafeCheckpointer",
+    "CarafeFPN",
+    "MaskRCNNCarafeUpsampleHead",
+    "add_carafe_config",
+    "build_resnet_carafe_fpn_backbone",
+    "build_retinanet_resnet_carafe_fpn_backbone",
+]
+
+if find_spec("detectron2"):
+    from .checkpoint import CarafeCheckpointer
+    from .config import add_carafe_config
+    from .data import register_shapes
+    from .fpn import (
+        CarafeFPN,
+        build_resnet_carafe_fpn_backbone,
+        build_retinanet_resnet_carafe_fpn_backbone,
+    )
+    from .mask_head import MaskRCNNCarafeUpsampleHead
+
+    __all__ += _DETECTRON2_NAMES
+    register_shapes()
+else:
+
+    def __getattr__(name: str):
+        if name in _DETECTRON2_NAMES:
+            raise ImportError(
+                f"carafe_d2.{name} needs Detectron2, which is not installed; "
+                "python tools/install_detectron2.py installs it"
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Draws a model's predictions beside the ground truth of a dataset, as one PNG.
+
+Example:
+    python tools/visualise.py --config-file configs/shapes_mask_rcnn_R18_FPN_carafe.yaml \
+        --output predictions.png MODEL.WEIGHTS output/model_final.pth
+"""
+
+import argparse
+import os
+
+import cv2
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.modeling import build_model
+from detectron2.utils.visualizer import Visualizer
+
+from carafe_d2 import CarafeCheckpointer
+from carafe_d2.config import load_config
+from carafe_d2.data.build import CarafeDatasetMapper, check_datasets
+from carafe_d2.errors import UserError, exit_on_user_error
+
+
+def titled(image: np.ndarray, title: str) -> np.ndarray:
+    """Puts a line of text above an RGB image."""
+    bar = np.full((28, image.shape[1], 3), 255, np.uint8)
+    cv2.putText(bar, title, (6, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.concatenate([bar, image])
+
+
+def draw_pair(model, mapper, record: dict, metadata, threshold: float, width: int) -> np.ndarray:
+    """Draws one image of a dataset twice, with ground truth and with predictions.
+
+    Args:
+        record: the image's entry in Detectron2's dataset format.
+        threshold: the lowest score that is drawn.
+        width: width in pixels of each of the two pictures.
+
+    Returns:
+        RGB image (height, 2 * width + 8, 3), uint8.
+    """
+    image = read_image(record["file_name"], format="RGB")
+    with torch.no_grad():
+        instances = model([mapper(record)])[0]["instances"].to("cpu")
+    instances = instances[instances.scores >= threshold]
+
+    scale = width / image.shape[1]
+    truth = Visualizer(image, metadata, scale=scale).draw_dataset_dict(record)
+    predictions = Visualizer(image, metadata, scale=scale).draw_instance_predictions(instances)
+    left = titled(truth.get_image(), f"ground truth: {os.path.basename(record['file_name'])}")
+    right = titled(predictions.get_image(), f"predictions, score >= {threshold}")
+    return np.concatenate([left, np.full((len(left), 8, 3), 255, np.uint8), right], axis=1)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--output", default="predictions.png", help="the PNG to write")
+    parser.add_argument("--dataset", help="a registered dataset; default: the config's test set")
+    parser.add_argument("--images", type=int, default=8, help="how many images of it to draw")
+    parser.add_argument("--columns", type=int, default=2, help="pairs side by side")
+    parser.add_argument("--width", type=int, default=384, help="width of one picture in pixels")
+    parser.add_argument("--threshold", type=float, default=0.5, help="lowest score drawn")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    return parser.parse_args()
+
+
+@exit_on_user_error()
+def main():
+    args = parse_args()
+    cfg = load_config(args.config_file, args.opts)
+    dataset = args.dataset or cfg.DATASETS.TEST[0]
+    check_datasets([dataset])
+
+    model = build_model(cfg).eval()
+    CarafeCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    mapper = CarafeDatasetMapper(cfg, is_train=False)
+    records = DatasetCatalog.get(dataset)[: args.images]
+    pairs = [
+        draw_pair(model, mapper, r, MetadataCatalog.get(dataset), args.threshold, args.width)
+        for r in records
+    ]
+
+    # Pictures differ in height, so each goes into a cell of the largest one's size.
+    height, width = np.max([pair.shape[:2] for pair in pairs], axis=0)
+    columns = min(args.columns, len(pairs))
+    rows = -(-len(pairs) // columns)
+    sheet = np.full((rows * (height + 8), columns * (width + 24) - 24, 3), 255, np.uint8)
+    for i, pair in enumerate(pairs):
+        y, x = i // columns * (height + 8), i % columns * (width + 24)
+        sheet[y : y + pair.shape[0], x : x + pair.shape[1]] = pair
+    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
+    if not cv2.imwrite(args.output, sheet[:, :, ::-1]):
+        raise UserError(f"cannot write {args.output}")
+    print(f"{len(pairs)} images drawn to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
