@@ -1,0 +1,266 @@
+"""CARAFE, the compiled operator: loading, shapes, gradients and FLOPs.
+
+Two operators, each on CPU and CUDA, differentiable once in both tensors:
+
+- `torch.ops.carafe_d2.carafe`: reassembly with masks that are given.
+- `torch.ops.carafe_d2.carafe_upsample`: pixel shuffle, softmax and reassembly in one pass, from
+  what the content encoder puts out. Keeps only its two inputs for the backward.
+
+Features and masks may differ in dtype among float32, float16 and bfloat16, so nothing has to be
+cast under autocast. The definition of both is in `carafe_d2.reference`.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+__all__ = ["carafe", "carafe_upsample"]
+
+_LIBRARY = Path(__file__).with_name("_C.so")
+_HOW_TO_BUILD = (
+    "Build it with `pip install -e . --no-build-isolation` in a checkout of carafe-d2 "
+    "(needs PyTorch 2.10 or later, g++ and ninja; nvcc for GPUs)."
+)
+
+
+def _load_library() -> None:
+    if not _LIBRARY.exists():
+        raise ImportError(f"The compiled operator of carafe_d2 is missing. {_HOW_TO_BUILD}")
+    try:
+        torch.ops.load_library(_LIBRARY)
+    except OSError as error:
+        raise ImportError(
+            f"The compiled operator of carafe_d2 does not load with PyTorch {torch.__version__}: "
+            f"{error}. {_HOW_TO_BUILD}"
+        ) from error
+
+
+_load_library()
+
+
+def carafe(
+    features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int
+) -> Tensor:
+    """Content-aware reassembly of features (CARAFE, arXiv 1905.02188, section 3.3).
+
+    Every output pixel is a weighted sum of the k x k features around its source location, with k =
+    `kernel_size`, s = `scale_factor` and weights of its own. Features outside the map are zero.
+
+    Args:
+        features: (N, C, H, W), float64, float32, float16 or bfloat16. Contiguous and channels_last
+            are used as they are.
+        masks: (N, group_size*k*k, s*H, s*W), the weights, usually normalised over each k*k. Of
+            float64 if features are, otherwise of any of the other three dtypes.
+        kernel_size: k, odd.
+        group_size: number of groups of channels that share their weights; divides C.
+        scale_factor: s, at least 1.
+
+    Returns:
+        (N, C, s*H, s*W), with dtype and memory format of `features`.
+
+    Raises:
+        RuntimeError: an argument has the wrong rank, dtype, device, shape or value; the message
+            names it, what was expected and what came.
+    """
+    return torch.ops.carafe_d2.carafe(features, masks, kernel_size, group_size, scale_factor)
+
+
+def carafe_upsample(
+    features: Tensor, kernel_logits: Tensor, kernel_size: int, group_size: int, scale_factor: int
+) -> Tensor:
+    """Kernel normalisation and reassembly in one pass (arXiv 1905.02188, sections 3.2 and 3.3).
+
+    The same as `carafe` with the masks `softmax(pixel_shuffle(kernel_logits, s))`, the softmax over
+    the k*k taps of each group, but without ever storing these masks.
+
+    Args:
+        features: (N, C, H, W), as in `carafe`.
+        kernel_logits: (N, group_size*k*k*s*s, H, W), what the content encoder puts out.
+        kernel_size: k, odd.
+        group_size: number of groups of channels that share their weights; divides C.
+        scale_factor: s, at least 1.
+
+    Returns:
+        (N, C, s*H, s*W), with dtype and memory format of `features`.
+
+    Raises:
+        RuntimeError: as in `carafe`.
+    """
+    return torch.ops.carafe_d2.carafe_upsample(
+        features, kernel_logits, kernel_size, group_size, scale_factor
+    )
+
+
+# ------------------------------------------------------------------------ shapes: fake kernels
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    """Layout of what is made like `tensor`; `is_channels_last` in csrc/carafe.cpp must agree."""
+    if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=_memory_format(tensor))
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    torch._check(
+        tensor.dim() == 4,
+        lambda: (
+            f"{name}: expected a tensor of rank 4, but got rank {tensor.dim()} "
+            f"with shape {tuple(tensor.shape)}"
+        ),
+    )
+    torch._check(
+        tensor.dtype in _DTYPES,
+        lambda: (
+            f"{name}: expected dtype float64, float32, float16 or bfloat16, but got {tensor.dtype}"
+        ),
+    )
+
+
+def _check(
+    features: Tensor, name: str, kernels: Tensor, kernel_size: int, groups: int, scale: int
+) -> None:
+    """What csrc/carafe.cpp checks, for tensors without data; `kernels` are masks or logits."""
+    torch._check(
+        kernel_size > 0 and kernel_size % 2 == 1,
+        lambda: f"kernel_size: expected a positive odd number, but got {kernel_size}",
+    )
+    torch._check(scale >= 1, lambda: f"scale_factor: expected at least 1, but got {scale}")
+    torch._check(groups >= 1, lambda: f"group_size: expected at least 1, but got {groups}")
+    _check_tensor("features", features)
+    _check_tensor(name, kernels)
+    torch._check(
+        kernels.device == features.device,
+        lambda: (
+            f"{name}: expected a tensor on {features.device}, where features are, "
+            f"but got {kernels.device}"
+        ),
+    )
+    torch._check(
+        (features.dtype == torch.float64) == (kernels.dtype == torch.float64),
+        lambda: (
+            f"{name}: expected a dtype that goes with features of {features.dtype}, "
+            f"but got {kernels.dtype}"
+        ),
+    )
+    n, c, h, w = features.shape
+    torch._check(
+        c % groups == 0,
+        lambda: f"group_size: expected a divisor of the {c} channels of features, but got {groups}",
+    )
+    taps = groups * kernel_size**2
+    fused = name == "kernel_logits"
+    expected = (n, taps * scale**2, h, w) if fused else (n, taps, h * scale, w * scale)
+    torch._check(
+        kernels.shape == expected,
+        lambda: (
+            f"{name}: expected shape {expected} for features of shape {tuple(features.shape)} "
+            f"with kernel_size {kernel_size}, group_size {groups} and scale_factor {scale}, "
+            f"but got {tuple(kernels.shape)}"
+        ),
+    )
+
+
+def _upsampled(features: Tensor, scale: int) -> Tensor:
+    n, c, h, w = features.shape
+    return torch.empty(
+        (n, c, h * scale, w * scale),
+        dtype=features.dtype,
+        device=features.device,
+        memory_format=_memory_format(features),
+    )
+
+
+# ---------------------------------------------------- registration with the parts of PyTorch
+
+
+def _register(operator: str, kernels_name: str) -> None:
+    """Registers fake kernels, autograd and FLOPs of one operator and its backward operator.
+
+    Args:
+        operator: "carafe" or "carafe_upsample".
+        kernels_name: the operator's name for its second argument.
+    """
+    forward_op = getattr(torch.ops.carafe_d2, operator)
+    backward_op = getattr(torch.ops.carafe_d2, f"{operator}_backward")
+
+    @torch.library.register_fake(f"carafe_d2::{operator}")
+    def forward_fake(features, kernels, kernel_size, group_size, scale_factor):
+        _check(features, kernels_name, kernels, kernel_size, group_size, scale_factor)
+        return _upsampled(features, scale_factor)
+
+    @torch.library.register_fake(f"carafe_d2::{operator}_backward")
+    def backward_fake(
+        grad_output,
+        features,
+        kernels,
+        kernel_size,
+        group_size,
+        scale_factor,
+        features_grad,
+        kernels_grad,
+    ):
+        _check(features, kernels_name, kernels, kernel_size, group_size, scale_factor)
+        return (
+            _empty_like(features) if features_grad else features.new_empty(0),
+            _empty_like(kernels) if kernels_grad else kernels.new_empty(0),
+        )
+
+    def setup_context(ctx, inputs, output):
+        features, kernels, *ctx.sizes = inputs
+        ctx.save_for_backward(features, kernels)
+
+    def backward(ctx, grad_output):
+        features, kernels = ctx.saved_tensors
+        features_grad, kernels_grad, *_ = ctx.needs_input_grad
+        grad_features, grad_kernels = backward_op(
+            grad_output, features, kernels, *ctx.sizes, features_grad, kernels_grad
+        )
+        return (
+            grad_features if features_grad else None,
+            grad_kernels if kernels_grad else None,
+            *[None] * len(ctx.sizes),
+        )
+
+    def backward_twice(ctx, *grads):
+        raise NotImplementedError(f"{operator} is differentiable once, not twice")
+
+    torch.library.register_autograd(f"carafe_d2::{operator}", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"carafe_d2::{operator}_backward", backward_twice)
+
+    # A multiplication and an addition per output value and tap, as PyTorch counts convolutions.
+    # Normalising the kernels is not counted, just as PyTorch does not count softmax.
+    def reassembly_flops(features_shape, kernel_size, scale_factor):
+        n, c, h, w = features_shape
+        return 2 * n * c * h * w * scale_factor**2 * kernel_size**2
+
+    @register_flop_formula(forward_op)
+    def forward_flops(features_shape, kernels_shape, kernel_size, group_size, scale_factor, **_):
+        return reassembly_flops(features_shape, kernel_size, scale_factor)
+
+    @register_flop_formula(backward_op)
+    def backward_flops(
+        grad_output_shape,
+        features_shape,
+        kernels_shape,
+        kernel_size,
+        group_size,
+        scale_factor,
+        features_grad,
+        kernels_grad,
+        **_,
+    ):
+        gradients = int(features_grad) + int(kernels_grad)
+        return gradients * reassembly_flops(features_shape, kernel_size, scale_factor)
+
+
+_register("carafe", "masks")
+_register("carafe_upsample", "kernel_logits")

@@ -1,0 +1,106 @@
+"""CARAFE in plain PyTorch: the definition that the compiled operator is tested against.
+
+Readable and slow. Runs on any device, and autograd differentiates it as often as you like.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["carafe_naive", "carafe_upsample_naive"]
+
+
+def carafe_naive(
+    features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int
+) -> Tensor:
+    """Content-aware reassembly of features (CARAFE, arXiv 1905.02188, equation 4).
+
+        out[n, c, y, x] = sum over u, v in [-r, r] of
+            masks[n, g*k*k + (u+r)*k + (v+r), y, x] * features[n, c, y//s + u, x//s + v]
+
+    with k = `kernel_size`, r = (k-1)/2, s = `scale_factor`, g = c // (C / `group_size`), and
+    features zero outside the map. Half types are accumulated in float32.
+
+    Args:
+        features: (N, C, H, W).
+        masks: (N, group_size*k*k, s*H, s*W).
+        kernel_size: k, odd.
+        group_size: number of groups of channels that share their weights; divides C.
+        scale_factor: s, at least 1.
+
+    Returns:
+        (N, C, s*H, s*W), with the dtype of `features`.
+
+    Raises:
+        ValueError: a size or a value does not fit; the message names the argument.
+    """
+    _check(features, kernel_size, group_size, scale_factor)
+    n, c, h, w = features.shape
+    k, s = kernel_size, scale_factor
+    expected = (n, group_size * k * k, s * h, s * w)
+    if masks.shape != expected:
+        raise ValueError(f"masks: expected shape {expected}, but got {tuple(masks.shape)}")
+
+    accumulate = torch.promote_types(features.dtype, torch.float32)
+    radius = k // 2
+    padded = F.pad(features.to(accumulate), [radius] * 4)
+    # (N, group, tap, 1, s*H, s*W): the same weights for all channels of a group
+    weights = masks.to(accumulate).view(n, group_size, k * k, 1, s * h, s * w)
+    out = features.new_zeros((n, group_size, c // group_size, s * h, s * w), dtype=accumulate)
+    for tap in range(k * k):
+        u, v = divmod(tap, k)
+        shifted = padded[:, :, u : u + h, v : v + w]  # features at (h + u - r, w + v - r)
+        nearest = shifted.repeat_interleave(s, dim=2).repeat_interleave(s, dim=3)
+        out = out + weights[:, :, tap] * nearest.reshape(out.shape)
+    return out.reshape(n, c, s * h, s * w).to(features.dtype)
+
+
+def carafe_upsample_naive(
+    features: Tensor, kernel_logits: Tensor, kernel_size: int, group_size: int, scale_factor: int
+) -> Tensor:
+    """Kernel normalisation and reassembly (arXiv 1905.02188, sections 3.2 and 3.3).
+
+    Pixel shuffle of the logits, softmax over the k*k taps of each group, then `carafe_naive`.
+
+    Args:
+        features: (N, C, H, W).
+        kernel_logits: (N, group_size*k*k*s*s, H, W), what the content encoder puts out.
+        kernel_size: k, odd.
+        group_size: number of groups of channels that share their weights; divides C.
+        scale_factor: s, at least 1.
+
+    Returns:
+        (N, C, s*H, s*W), with the dtype of `features`.
+
+    Raises:
+        ValueError: a size or a value does not fit; the message names the argument.
+    """
+    _check(features, kernel_size, group_size, scale_factor)
+    n, _, h, w = features.shape
+    k, s = kernel_size, scale_factor
+    expected = (n, group_size * k * k * s * s, h, w)
+    if kernel_logits.shape != expected:
+        raise ValueError(
+            f"kernel_logits: expected shape {expected}, but got {tuple(kernel_logits.shape)}"
+        )
+    logits = kernel_logits.to(torch.promote_types(kernel_logits.dtype, torch.float32))
+    normalised = logits.reshape(n, group_size, k * k, s, s, h, w).softmax(dim=2)
+    # F.pixel_shuffle, spelled out because its gradient fails for empty batches
+    masks = normalised.permute(0, 1, 2, 5, 3, 6, 4).reshape(n, group_size * k * k, s * h, s * w)
+    return carafe_naive(features, masks, kernel_size, group_size, scale_factor)
+
+
+def _check(features: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> None:
+    if features.dim() != 4:
+        raise ValueError(
+            f"features: expected a tensor of rank 4, but got shape {tuple(features.shape)}"
+        )
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size: expected a positive odd number, but got {kernel_size}")
+    if scale_factor < 1:
+        raise ValueError(f"scale_factor: expected at least 1, but got {scale_factor}")
+    if group_size < 1 or features.shape[1] % group_size:
+        raise ValueError(
+            f"group_size: expected a divisor of the {features.shape[1]} channels of features, "
+            f"but got {group_size}"
+        )

@@ -1,0 +1,145 @@
+"""The library that setup.py builds, and how it finds what to build for."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import carafe_d2.ops
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = Path(carafe_d2.ops.__file__).with_name("_C.so")
+
+
+@pytest.fixture(scope="module")
+def setup_script():
+    spec = importlib.util.spec_from_file_location("carafe_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(code: str, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_links_neither_python_nor_cuda():
+    listing = subprocess.run(["readelf", "-d", LIBRARY], capture_output=True, text=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.*)\]", listing)
+    assert "libtorch.so" in needed
+    assert not [name for name in needed if "python" in name or "cuda" in name]
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_instruction_sets_do_not_leak():
+    """Code for AVX-512 is local to its file: no other file may end up with a copy of it."""
+    folders = [ROOT / "build" / name for name in ("operator-cuda", "operator-cpu")]
+    objects = [path for folder in folders for path in folder.glob("kernels_*.o")]
+    if not objects:
+        pytest.skip("the library was not built in this checkout")
+    for path in objects:
+        listing = subprocess.run(["nm", "-C", path], capture_output=True, text=True).stdout
+        # any definition that is visible to other files
+        shared = re.findall(r"^[0-9a-f]+ [TWVBDRu] (.*)$", listing, re.MULTILINE)
+        assert len(shared) == 1, shared
+        assert re.fullmatch(r"carafe_d2::k\w+Kernels", shared[0])
+
+
+def test_loads_without_the_rest_of_the_package():
+    code = f"import torch; torch.ops.load_library({str(LIBRARY)!r}); torch.ops.carafe_d2.carafe"
+    assert run(code).returncode == 0
+
+
+def test_operator_does_not_import_detectron2():
+    """The operator half has to work, and import quickly, without Detectron2."""
+    code = (
+        "import sys; sys.modules['detectron2'] = None\n"
+        "import importlib.util; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda n, *a: None if n == 'detectron2' else find(n, *a)\n"
+        "import carafe_d2.ops, carafe_d2.reference"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("contents", [None, b"not a library"])
+def test_unusable_library_says_how_to_build(contents, tmp_path):
+    shutil.copy(carafe_d2.ops.__file__, tmp_path / "ops.py")
+    if contents:
+        (tmp_path / "_C.so").write_bytes(contents)
+    result = run(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import ops")
+    assert "ImportError: The compiled operator of carafe_d2" in result.stderr
+    assert "pip install -e . --no-build-isolation" in result.stderr
+
+
+def fake_nvcc(folder: Path) -> Path:
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\necho compute_75; echo compute_80; echo compute_90\n")
+    nvcc.chmod(0o755)
+    return nvcc
+
+
+def test_finds_cuda(setup_script, tmp_path, monkeypatch):
+    monkeypatch.delenv("CARAFE_D2_CUDA", raising=False)
+    nvcc = fake_nvcc(tmp_path)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert setup_script.find_nvcc() == str(nvcc)
+    monkeypatch.setenv("CARAFE_D2_CUDA", "0")
+    assert setup_script.find_nvcc() is None
+
+
+def test_architectures(setup_script, tmp_path, monkeypatch):
+    nvcc = str(fake_nvcc(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert setup_script.cuda_archs(nvcc) == (["75", "80", "90"], ["90"])
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a+PTX")
+    assert setup_script.cuda_archs(nvcc) == (["80", "90a"], ["90a"])
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: expected a list"):
+        setup_script.cuda_archs(nvcc)
+
+
+def test_targets_the_gpu_at_hand(setup_script, tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    assert setup_script.cuda_archs(str(fake_nvcc(tmp_path))) == (["90"], ["90"])
+
+
+@pytest.mark.slow
+def test_cpu_only_build(tmp_path):
+    """Builds for the CPU alone, says so in one line, and the result works."""
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)]
+    environment = os.environ | {"CARAFE_D2_CUDA": "0"}
+    build = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert build.returncode == 0, build.stderr
+    assert "carafe_d2: building for CPU only: CARAFE_D2_CUDA=0\n" in build.stdout
+    library = tmp_path / "carafe_d2" / "_C.so"
+    code = (
+        f"import torch; torch.ops.load_library({str(library)!r})\n"
+        "x = torch.rand(1, 2, 3, 3)\n"
+        "y = torch.ops.carafe_d2.carafe(x, torch.ones(1, 1, 3, 3), 1, 1, 1)\n"
+        "assert torch.equal(x, y)\n"
+        "if torch.cuda.is_available():\n"
+        "    try: torch.ops.carafe_d2.carafe(x.cuda(), torch.ones(1, 1, 3, 3).cuda(), 1, 1, 1)\n"
+        "    except RuntimeError as error: assert 'built without CUDA' in str(error), error\n"
+        "    else: raise AssertionError('expected an error')\n"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,402 @@
+"""The compiled operators, against their plain-PyTorch definition."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from carafe_d2.ops import carafe, carafe_upsample
+from carafe_d2.reference import carafe_naive, carafe_upsample_naive
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PAIRS = [(carafe, carafe_naive), (carafe_upsample, carafe_upsample_naive)]
+OPERATORS = pytest.mark.parametrize(
+    ("operator", "reference"), PAIRS, ids=["carafe", "carafe_upsample"]
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes, dtypes and layout of one call."""
+
+    shape: tuple[int, int, int, int] = (2, 6, 4, 5)
+    kernel: int = 3
+    group: int = 1
+    scale: int = 2
+    dtype: torch.dtype = torch.float64
+    kernels_dtype: torch.dtype | None = None
+    layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        if self.kernels_dtype:
+            dtype += "+" + str(self.kernels_dtype).removeprefix("torch.")
+        size = "x".join(map(str, self.shape))
+        return f"{size}-k{self.kernel}-g{self.group}-s{self.scale}-{dtype}-{self.layout}"
+
+    @property
+    def parameters(self) -> tuple[int, int, int]:
+        return self.kernel, self.group, self.scale
+
+    def inputs(self, operator, device: str = "cpu") -> tuple[Tensor, Tensor]:
+        n, _, h, w = self.shape
+        taps = self.group * self.kernel**2
+        if operator is carafe:
+            kernels_shape = (n, taps, h * self.scale, w * self.scale)
+        else:
+            kernels_shape = (n, taps * self.scale**2, h, w)
+        generator = torch.Generator().manual_seed(0)
+        return tuple(
+            self._arrange(torch.randn(shape, dtype=torch.float64, generator=generator))
+            .to(device, dtype)
+            .requires_grad_()
+            for shape, dtype in (
+                (self.shape, self.dtype),
+                (kernels_shape, self.kernels_dtype or self.dtype),
+            )
+        )
+
+    def _arrange(self, tensor: Tensor) -> Tensor:
+        if self.layout == "channels_last":
+            return tensor.contiguous(memory_format=torch.channels_last)
+        if self.layout == "sliced":  # no dimension is dense
+            doubled = tensor
+            for dim in range(4):
+                doubled = doubled.repeat_interleave(2, dim)
+            return doubled[::2, ::2, ::2, ::2]
+        if self.layout == "transposed":
+            return tensor.transpose(2, 3).contiguous().transpose(2, 3)
+        if self.layout == "expanded":
+            return tensor[:1].expand_as(tensor)
+        return tensor
+
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "expanded"]
+BOTH = LAYOUTS[:2]
+
+CASES = [
+    *(Case(kernel=k, scale=s, layout=m) for k in (1, 3, 5, 7) for s in (1, 2, 3, 4) for m in BOTH),
+    *(Case(group=g, layout=m) for g in (2, 3, 6) for m in BOTH),
+    *(Case(layout=m) for m in LAYOUTS[2:]),
+    *(Case(dtype=t, layout=m) for t in (F16, BF16, F32) for m in LAYOUTS),
+    *(
+        Case(kernel=5, group=2, dtype=a, kernels_dtype=b, layout=m)
+        for a, b in ((F16, F32), (F32, F16), (BF16, F32), (F32, BF16), (F16, BF16))
+        for m in BOTH
+    ),
+    Case((1, 1, 1, 1), kernel=5),
+    Case((1, 3, 1, 9), kernel=7),
+    Case((1, 3, 9, 1), kernel=7, layout="channels_last"),
+    Case((1, 2, 3, 3), kernel=9),
+    Case((2, 40, 13, 21), kernel=5, dtype=F32),
+    Case((2, 40, 13, 21), kernel=5, group=2, dtype=F32, layout="channels_last"),
+    Case((3, 37, 7, 35), kernel=3, dtype=F32),
+    Case((3, 37, 7, 35), kernel=3, dtype=F32, layout="channels_last"),
+    *(Case(s, dtype=F32) for s in ((0, 6, 4, 5), (2, 6, 0, 5), (2, 6, 4, 0), (2, 0, 4, 5))),
+]
+
+TOLERANCE = {F64: (1e-10, 1e-10), F32: (2e-5, 2e-5), F16: (2e-3, 2e-3), BF16: (1.6e-2, 1.6e-2)}
+
+
+def assert_close(actual: Tensor, expected: Tensor, case: Case) -> None:
+    # A sum has as many roundings as terms, and half types round what goes in as well as the result.
+    lowest = max((case.dtype, case.kernels_dtype or case.dtype), key=lambda t: TOLERANCE[t])
+    rtol, atol = TOLERANCE[lowest]
+    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol * scale)
+
+
+@OPERATORS
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_and_gradients_match_the_definition(operator, reference, case, device):
+    inputs = case.inputs(operator, device)
+    out = operator(*inputs, *case.parameters)
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    expected = reference(*exact, *case.parameters)
+    assert out.dtype == case.dtype
+    assert_close(out, expected, case)
+
+    grad_output = torch.randn_like(out)
+    grads = torch.autograd.grad(out, inputs, grad_output)
+    expected_grads = torch.autograd.grad(expected, exact, grad_output.double())
+    for grad, tensor, expected_grad in zip(grads, inputs, expected_grads, strict=True):
+        assert grad.dtype == tensor.dtype
+        assert_close(grad, expected_grad, case)
+
+
+@OPERATORS
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", BOTH)
+@pytest.mark.parametrize(("kernel", "group", "scale"), [(3, 1, 2), (5, 2, 1), (1, 2, 3)])
+def test_gradcheck(operator, reference, kernel, group, scale, layout, device):
+    case = Case((1, 2, 2, 3), kernel, group, scale, layout=layout)
+    inputs = case.inputs(operator, device)
+    assert torch.autograd.gradcheck(lambda *tensors: operator(*tensors, *case.parameters), inputs)
+
+
+OPCHECK_CASES = [
+    Case(dtype=F32),
+    Case(dtype=F32, layout="channels_last"),
+    Case(dtype=F16, kernels_dtype=F32),
+    Case((1, 4, 1, 1), kernel=5, group=2, dtype=F32, layout="channels_last"),
+    Case((0, 6, 4, 5), dtype=F32),
+    Case(dtype=F32, layout="sliced"),
+]
+
+
+@OPERATORS
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
+def test_opcheck(operator, reference, case, device):
+    inputs = case.inputs(operator, device)
+    name = operator.__name__
+    forward = getattr(torch.ops.carafe_d2, name).default
+    backward = getattr(torch.ops.carafe_d2, f"{name}_backward").default
+    torch.library.opcheck(forward, (*inputs, *case.parameters))
+
+    detached = [tensor.detach() for tensor in inputs]
+    grad_output = torch.randn_like(forward(*detached, *case.parameters))
+    for wanted in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(backward, (grad_output, *detached, *case.parameters, *wanted))
+
+
+@OPERATORS
+def test_only_the_gradient_that_is_needed_is_computed(operator, reference):
+    features, kernels = Case().inputs(operator)
+    out = operator(features.detach(), kernels, *Case().parameters)
+    (grad,) = torch.autograd.grad(out.sum(), kernels)
+    assert grad.shape == kernels.shape
+    backward = getattr(torch.ops.carafe_d2, f"{operator.__name__}_backward")
+    skipped, grad_again = backward(
+        torch.ones_like(out), features.detach(), kernels.detach(), *Case().parameters, False, True
+    )
+    assert skipped.numel() == 0
+    assert torch.equal(grad, grad_again)
+
+
+@OPERATORS
+def test_second_derivatives_are_refused(operator, reference):
+    inputs = Case().inputs(operator)
+    out = operator(*inputs, *Case().parameters)
+    grads = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        torch.autograd.grad(grads[0].sum(), inputs)
+
+
+@OPERATORS
+@pytest.mark.parametrize("device", DEVICES)
+def test_channels_last_in_gives_channels_last_out(operator, reference, device):
+    inputs = Case(layout="channels_last").inputs(operator, device)
+    out = operator(*inputs, *Case().parameters)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    for grad in torch.autograd.grad(out, inputs, torch.randn_like(out)):
+        assert grad.is_contiguous(memory_format=torch.channels_last)
+    # the layouts of the two inputs need not agree
+    features, kernels = inputs
+    mixed = operator(features.contiguous(), kernels, *Case().parameters)
+    assert mixed.is_contiguous()
+    torch.testing.assert_close(mixed, out)
+
+
+@OPERATORS
+def test_upsample_keeps_nothing_but_its_inputs(operator, reference):
+    inputs = Case().inputs(operator)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        operator(*inputs, *Case().parameters)
+    assert [tensor.data_ptr() for tensor in saved] == [tensor.data_ptr() for tensor in inputs]
+
+
+@OPERATORS
+@pytest.mark.parametrize("layout", BOTH)
+def test_bitwise_the_same_for_any_number_of_threads(operator, reference, layout):
+    case = Case((2, 32, 17, 19), kernel=5, group=2, dtype=F32, layout=layout)
+    inputs = case.inputs(operator)
+
+    def results():
+        out = operator(*inputs, *case.parameters)
+        return [out, *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = results()
+        for threads in (2, 3, 5):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, results(), expected))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", ["default", "avx2", "avx512"])
+def test_every_instruction_set(instruction_set):
+    """Runs a few cases in a process that is told which of the compiled kernels to use."""
+    tests = f"{__file__}::test_forward_and_gradients_match_the_definition"
+    command = [sys.executable, "-m", "pytest", "-q", tests, "-k", "k5 or 3x37x7x35"]
+    environment = os.environ | {"CARAFE_D2_CPU": instruction_set}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if "CARAFE_D2_CPU: expected" in run.stdout:
+        pytest.skip(f"this processor has no {instruction_set}")
+    assert run.returncode == 0, run.stdout
+
+
+@OPERATORS
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast(operator, reference, device):
+    """Half features with the float32 masks that softmax gives under autocast, and the reverse."""
+    features, kernels = Case((1, 4, 5, 5), dtype=F32).inputs(operator, device)
+    weight = torch.randn(4, 4, 1, 1, device=device)
+    with torch.autocast(device, dtype=BF16):
+        half = torch.nn.functional.conv2d(features, weight)
+        for tensors in ((half, kernels), (features, kernels.to(BF16)), (half, kernels.to(BF16))):
+            out = operator(*tensors, *Case().parameters)
+            assert out.dtype == tensors[0].dtype
+            expected = reference(*(t.double() for t in tensors), *Case().parameters)
+            torch.testing.assert_close(out.double(), expected, rtol=1.6e-2, atol=3e-2)
+    out.float().sum().backward()
+    assert features.grad.dtype == kernels.grad.dtype == F32
+
+
+@OPERATORS
+def test_compiles_into_one_graph_with_dynamic_shapes(operator, reference):
+    compiled = torch.compile(operator, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((2, 6, 4, 5), (1, 6, 7, 3)):
+        case = Case(shape, dtype=F32)
+        inputs = case.inputs(operator)
+        out = compiled(*inputs, *case.parameters)
+        torch.testing.assert_close(out, operator(*inputs, *case.parameters))
+        torch.autograd.grad(out.sum(), inputs)
+
+
+@OPERATORS
+def test_flops_are_counted(operator, reference):
+    inputs = Case().inputs(operator)
+    with FlopCounterMode(display=False) as counter:
+        out = operator(*inputs, *Case().parameters)
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    assert forward == 2 * out.numel() * Case().kernel ** 2
+    assert counter.get_total_flops() == 3 * forward
+
+
+def zeros(*shape, **options) -> Tensor:
+    return torch.zeros(shape, **options)
+
+
+# what changes in a valid call, and what the message has to say
+WRONG_INPUT = {
+    "features rank": (
+        {"features": zeros(4, 5, 5)},
+        "features: expected a tensor of rank 4.*rank 3",
+    ),
+    "kernels rank": ({"kernels": zeros(100)}, "(masks|kernel_logits): expected a tensor of rank 4"),
+    "features dtype": (
+        {"features": zeros(1, 4, 5, 5, dtype=torch.int64)},
+        "features: expected dtype float64, float32, float16 or bfloat16, but got",
+    ),
+    "kernels dtype": (
+        {"kernels": zeros(1, 25, 10, 10, dtype=torch.complex64)},
+        "(masks|kernel_logits): expected dtype float64, float32, float16 or bfloat16, but got",
+    ),
+    "dtype mix": (
+        {"features": zeros(1, 4, 5, 5, dtype=F64)},
+        "(masks|kernel_logits): expected .*dtype.* with features of .*, but got",
+    ),
+    "batch": ({"features": zeros(2, 4, 5, 5)}, "expected shape.*but got"),
+    "map": ({"features": zeros(1, 4, 5, 6)}, r"expected shape \(1, .*\(1, 4, 5, 6\).*but got"),
+    "even kernel": ({"kernel_size": 4}, "kernel_size: expected a positive odd number, but got 4"),
+    "kernel 0": ({"kernel_size": 0}, "kernel_size: expected a positive odd number, but got 0"),
+    "kernel -1": ({"kernel_size": -1}, "kernel_size: expected a positive odd number, but got -1"),
+    "other kernel": ({"kernel_size": 3}, "expected shape.*kernel_size 3.*but got"),
+    "huge kernel": ({"kernel_size": 2**40 + 1}, "expected shape.*but got"),
+    "scale": ({"scale_factor": 0}, "scale_factor: expected at least 1, but got 0"),
+    "other scale": ({"scale_factor": 3}, "expected shape.*scale_factor 3.*but got"),
+    "group": ({"group_size": 3}, "group_size: expected a divisor of the 4 channels.*but got 3"),
+    "group 0": ({"group_size": 0}, "group_size: expected at least 1, but got 0"),
+    "other group": ({"group_size": 2}, "expected shape.*group_size 2.*but got"),
+}
+
+
+@OPERATORS
+@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("changes", "message"), WRONG_INPUT.values(), ids=WRONG_INPUT)
+def test_wrong_input_names_the_argument(operator, reference, changes, message, device):
+    arguments = {
+        "features": zeros(1, 4, 5, 5),
+        "kernels": zeros(1, 25, 10, 10) if operator is carafe else zeros(1, 100, 5, 5),
+        "kernel_size": 5,
+        "group_size": 1,
+        "scale_factor": 2,
+    } | changes
+    arguments = [a.to(device) if isinstance(a, Tensor) else a for a in arguments.values()]
+    with pytest.raises(RuntimeError, match=message):
+        operator(*arguments)
+
+
+@OPERATORS
+def test_tensors_on_two_devices_are_refused(operator, reference):
+    features, kernels = Case().inputs(operator)
+    with pytest.raises(RuntimeError, match=r"(masks|kernel_logits): expected a tensor on"):
+        operator(features.to("meta"), kernels, *Case().parameters)
+
+
+@pytest.mark.gpu
+@OPERATORS
+def test_features_on_gpu_with_kernels_on_cpu_are_refused(operator, reference):
+    features, kernels = Case().inputs(operator)
+    with pytest.raises(RuntimeError, match=r"expected a tensor on cuda:0.*but got cpu"):
+        operator(features.cuda(), kernels, *Case().parameters)
+
+
+@OPERATORS
+def test_wrong_output_gradient_is_refused(operator, reference):
+    inputs = [tensor.detach() for tensor in Case().inputs(operator)]
+    backward = getattr(torch.ops.carafe_d2, f"{operator.__name__}_backward")
+    for grad_output, message in (
+        (zeros(2, 6, 8, 9, dtype=F64), r"grad_output: expected shape \(2, 6, 8, 10\)"),
+        (zeros(2, 6, 8, 10), "grad_output: expected dtype"),
+        (zeros(6, 8, 10, dtype=F64), "grad_output: expected a tensor of rank 4"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            backward(grad_output, *inputs, *Case().parameters, True, True)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_half_conversions_are_those_of_pytorch(dtype):
+    """All 2^16 values in, and roundings, subnormals, overflow, infinities and NaN out."""
+    everything = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    everything = everything.view(1, 1, 256, 256)
+    one = torch.ones(1, 1, 256, 256)
+    same = carafe(everything, one, 1, 1, 1)
+    torch.testing.assert_close(same, everything, rtol=0, atol=0, equal_nan=True)
+
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (65536,), generator=generator).to(torch.int32)
+    values = torch.cat([bits.view(F32), everything.float().flatten() * (1 + 2**-11)])
+    # features of one and masks that vary give the gradient of the features: a rounded sum of one
+    values = values.view(1, 1, 256, 512)
+    ones = torch.ones_like(values, dtype=dtype)
+    rounded = carafe(ones, values, 1, 1, 1)
+    torch.testing.assert_close(rounded, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_softmax_of_extreme_logits():
+    """Large, very negative and infinite logits, as torch.softmax handles them."""
+    logits = torch.randn(1, 9, 4, 4)
+    logits[0, 0] = 3e4
+    logits[0, 1] = -3e4
+    logits[0, 2, :2] = -torch.inf
+    logits[0, 3, 0, 0] = torch.nan
+    logits[0, :, 1, 1] = torch.linspace(-110, 0, 9)
+    features = torch.randn(1, 2, 4, 4)
+    out = carafe_upsample(features, logits, 3, 1, 1)
+    expected = carafe_upsample_naive(features, logits, 3, 1, 1)
+    torch.testing.assert_close(out, expected, equal_nan=True)
