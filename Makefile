@@ -1,0 +1,74 @@
+# make quickstart   set up, train and evaluate the small example, draw its predictions
+# make test         set up, run the test suite
+#
+# PYTHON=python3.12        the interpreter that makes the virtual environment
+# VENV=path                the environment to use; default: the activated one, else .venv
+# DETECTRON2=requirement   the Detectron2 to install, e.g.
+#                          'git+https://github.com/facebookresearch/detectron2';
+#                          default: the one that is installed, else 0.6 from the package index
+
+PYTHON ?= python3
+VENV ?= $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),.venv)
+DETECTRON2 ?=
+CONFIG := configs/shapes_mask_rcnn_R18_FPN_carafe.yaml
+OUTPUT := output/shapes_mask_rcnn_R18_FPN_carafe
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip
+# What was done for this checkout in this environment; removed together with the environment.
+STAMPS := $(VENV)/.carafe_d2$(subst /,_,$(CURDIR))
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+
+.PHONY: quickstart test lint environment clean
+.DELETE_ON_ERROR:
+
+quickstart: environment
+	@echo "== Dataset"
+	@$(PY) -m carafe_d2.data.shapes
+	@echo "== Training and evaluation"
+	@$(PY) train_net.py --resume --config-file $(CONFIG) OUTPUT_DIR $(OUTPUT)
+	@echo "== Pictures"
+	@$(PY) tools/visualise.py --config-file $(CONFIG) --output $(OUTPUT)/predictions.png \
+		MODEL.WEIGHTS $(OUTPUT)/model_final.pth
+	@echo
+	@echo "Done. The tables above are box and mask AP on shapes_val."
+	@echo "  predictions beside ground truth   $(OUTPUT)/predictions.png"
+	@echo "  weights, log, metrics             $(OUTPUT)/{model_final.pth,log.txt,metrics.json}"
+	@echo "  dataset                           $${DETECTRON2_DATASETS:-datasets}/shapes"
+	@echo "Next, the published model on COCO (expected in $${DETECTRON2_DATASETS:-datasets}/coco):"
+	@echo "  $(PY) train_net.py --config-file configs/mask_rcnn_R50_FPN_carafe_1x.yaml"
+
+test: environment
+	$(PY) -m pytest
+
+lint: environment
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+environment: $(STAMPS)/extension
+	@$(PY) tools/install_detectron2.py $(DETECTRON2)
+
+$(PY):
+	@echo "== Virtual environment $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "error: Python " \
+		"3.10 or newer is needed, and this is " + sys.version.split()[0] + "; name one by PYTHON=")'
+	@$(PYTHON) -m venv $(VENV)
+
+# Whoever has torch and torchvision, which belong together, or some build of OpenCV keeps them.
+$(STAMPS)/torch: | $(PY)
+	@echo "== PyTorch and OpenCV in $(VENV)"
+	@$(PY) -c 'import torch, torchvision; print("PyTorch", torch.__version__, "is installed")' \
+		2>/dev/null || $(PIP) install torch torchvision
+	@$(PY) -c 'import cv2; print("OpenCV", cv2.__version__, "is installed")' \
+		2>/dev/null || $(PIP) install opencv-python-headless
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/extension: $(STAMPS)/torch $(SOURCES)
+	@echo "== carafe_d2 and its compiled operator"
+	@$(PIP) install --quiet 'setuptools>=64,<81' wheel ninja
+	@$(PY) setup.py --quiet build_ext --inplace
+	@$(PIP) install --quiet --no-build-isolation --editable '.[train,test]'
+	@touch $@
+
+clean:
+	rm -rf build carafe_d2/_C.so $(STAMPS)
