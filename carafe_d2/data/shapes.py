@@ -33,8 +33,8 @@ from .builtin import CATEGORIES, SPLITS, annotation_file, datasets_root, image_d
 VERSION = 1  # raise when the same spec gives other images or annotations than before
 SUPERSAMPLE = 4  # shapes are drawn this much larger, then averaged down
 MIN_SIZE = 32  # below this the thin parts are thinner than a pixel
-DIAMETER = (0.2, 0.6)  # of a shape, as a share of the image side
-MIN_VISIBLE = 0.35  # of a shape's area; what hides more of a shape is not placed
+DIAMETER = (0.3, 0.7)  # of a shape, as a share of the image side
+MIN_VISIBLE = 0.5  # of a shape's area; what hides more of a shape is not placed
 MIN_VISIBLE_PIXELS = 16
 PLACEMENTS = 10  # attempts per object
 
@@ -56,7 +56,7 @@ class ShapesSpec:
     images: int
     size: int = 128
     seed: int = 0
-    max_objects: int = 5
+    max_objects: int = 4
     version: int = VERSION
 
     def __post_init__(self):
@@ -133,7 +133,7 @@ def _place(rng: np.random.Generator, outlines: list[np.ndarray], size: int) -> l
     squeeze = np.array([1.0, rng.uniform(0.7, 1.0)])
     angle = rng.uniform(0, 2 * np.pi)
     cos, sin = np.cos(angle), np.sin(angle)
-    centre = size * rng.uniform(0.1, 0.9, 2)
+    centre = size * rng.uniform(0.15, 0.85, 2)
     return [o * radius * squeeze @ [[cos, sin], [-sin, cos]] + centre for o in outlines]
 
 
@@ -182,7 +182,7 @@ def _texture(
 ) -> np.ndarray:
     """Returns a pattern between `colour` and a similar one: float (height, width, 3)."""
     towards = rng.normal(size=3)
-    other = colour + rng.uniform(0.15, 0.35) * towards / np.linalg.norm(towards)
+    other = colour + rng.uniform(0.05, 0.25) * towards / np.linalg.norm(towards)
     pattern = _pattern(rng, height, width, size)[..., None]
     return (colour + pattern * (other - colour)).astype(np.float32)
 
@@ -443,7 +443,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--val", type=int, default=200, help="number of validation images")
     parser.add_argument("--size", type=int, default=128, help="image side in pixels")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-objects", type=int, default=5, help="most objects in an image")
+    parser.add_argument("--max-objects", type=int, default=4, help="most objects in an image")
     parser.add_argument(
         "--root", default=datasets_root(), help="folder to put shapes/ in ($DETECTRON2_DATASETS)"
     )

@@ -25,9 +25,9 @@ SPEC = ShapesSpec("train", images=60, size=64)
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """A datasets root with SPEC's 60 training images and 10 validation images."""
+    """A datasets root with SPEC's 60 training images and 20 validation images."""
     root = tmp_path_factory.mktemp("datasets")
-    main(["--train", "60", "--val", "10", "--size", "64", "--root", str(root)])
+    main(["--train", "60", "--val", "20", "--size", "64", "--root", str(root)])
     return root
 
 
@@ -57,7 +57,7 @@ def interrupt_at(monkeypatch, index):
 
 class TestContent:
     def test_same_seed_gives_the_same_bytes(self, dataset, tmp_path):
-        main(["--train", "60", "--val", "10", "--size", "64", "--root", str(tmp_path)])
+        main(["--train", "60", "--val", "20", "--size", "64", "--root", str(tmp_path)])
         assert contents(tmp_path) == contents(dataset)
 
     def test_seeds_splits_and_indices_differ(self):
@@ -136,7 +136,7 @@ class TestCoco:
             "images": len(images),
             "size": 64,
             "seed": 0,
-            "max_objects": 5,
+            "max_objects": 4,
             "version": shapes.VERSION,
         }
 
@@ -310,7 +310,7 @@ class TestDetectron2:
         assert metadata.evaluator_type == "coco"
         records = DatasetCatalog.get("shapes_train")
         assert len(records) == SPEC.images
-        assert len(DatasetCatalog.get("shapes_val")) == 10
+        assert len(DatasetCatalog.get("shapes_val")) == 20
         for index, record in enumerate(records):
             image, objects = render(SPEC, index)
             assert np.array_equal(read_image(record["file_name"], format="BGR"), image)
@@ -326,7 +326,7 @@ class TestDetectron2:
 
         monkeypatch.setenv("DETECTRON2_DATASETS", str(dataset))
         register_shapes()
-        assert len(DatasetCatalog.get("shapes_val")) == 10
+        assert len(DatasetCatalog.get("shapes_val")) == 20
 
     def test_missing_dataset_says_what_to_do(self, tmp_path):
         from detectron2.data import DatasetCatalog
