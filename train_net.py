@@ -12,6 +12,7 @@ import weakref
 import torch
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
 from detectron2.evaluation import COCOEvaluator, verify_results
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 
 from carafe_d2 import CarafeCheckpointer
@@ -22,6 +23,26 @@ from carafe_d2.errors import UserError, exit_on_user_error
 
 class Trainer(DefaultTrainer):
     """Detectron2's trainer with CARAFE's checkpointer and a data loader that resumes exactly."""
+
+    @classmethod
+    def build_model(cls, cfg):
+        model = super().build_model(cfg)
+        if cfg.MODEL.CHANNELS_LAST:
+            model.to(memory_format=torch.channels_last)
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        if cfg.SOLVER.OPTIMIZER == "SGD":
+            return super().build_optimizer(cfg, model)
+        if cfg.SOLVER.OPTIMIZER != "AdamW":
+            raise UserError(f"SOLVER.OPTIMIZER must be SGD or AdamW, got {cfg.SOLVER.OPTIMIZER!r}")
+        params = get_default_optimizer_params(
+            model, base_lr=cfg.SOLVER.BASE_LR, weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM
+        )
+        return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(
+            params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, fused=True
+        )
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -48,11 +69,16 @@ class Trainer(DefaultTrainer):
         self.data_loader.start_iter = self.start_iter
 
     def state_dict(self):
-        return {**super().state_dict(), "seed": self.data_loader.seed}
+        # The trainer inside holds optimiser and gradient scaler; Detectron2 0.6 leaves them out.
+        inside = {"_trainer": self._trainer.state_dict(), "seed": self.data_loader.seed}
+        return {**super().state_dict(), **inside}
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
-        self.data_loader.seed = state_dict["seed"]
+        # Checkpoints of Detectron2's own trainers may lack either.
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+        self.data_loader.seed = state_dict.get("seed", self.data_loader.seed)
 
     def train(self):
         # Detectron2 logs the traceback of whatever ends the training; a user's mistake needs none.

@@ -33,6 +33,11 @@ def add_carafe_config(cfg: CN) -> None:
     # How MaskRCNNCarafeUpsampleHead upsamples: carafe, deconv (the stock head), nearest, bilinear.
     cfg.MODEL.ROI_MASK_HEAD.UPSAMPLE = "carafe"
 
+    # Of train_net.py: keep weights and feature maps in the channels_last memory format.
+    cfg.MODEL.CHANNELS_LAST = False
+    # Of train_net.py: SGD, with the keys of Detectron2, or AdamW.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> CN:
     """Builds the config of a command-line program.
