@@ -12,6 +12,8 @@ VENV ?= $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),.venv)
 DETECTRON2 ?=
 CONFIG := configs/shapes_mask_rcnn_R18_FPN_carafe.yaml
 OUTPUT := output/shapes_mask_rcnn_R18_FPN_carafe
+# Metric, middle and half width: at least 40 box AP and 35 mask AP, or something is broken.
+EXPECTED := [['bbox', 'AP', 60.0, 20.0], ['segm', 'AP', 55.0, 20.0]]
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip
@@ -26,7 +28,8 @@ quickstart: environment
 	@echo "== Dataset"
 	@$(PY) -m carafe_d2.data.shapes
 	@echo "== Training and evaluation"
-	@$(PY) train_net.py --resume --config-file $(CONFIG) OUTPUT_DIR $(OUTPUT)
+	@$(PY) train_net.py --resume --config-file $(CONFIG) OUTPUT_DIR $(OUTPUT) \
+		TEST.EXPECTED_RESULTS "$(EXPECTED)"
 	@echo "== Pictures"
 	@$(PY) tools/visualise.py --config-file $(CONFIG) --output $(OUTPUT)/predictions.png \
 		MODEL.WEIGHTS $(OUTPUT)/model_final.pth

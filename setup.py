@@ -158,6 +158,7 @@ class BuildOperator(build_ext):
             f"{defines} {includes}",
             "rule cxx",
             "  command = $cxx -MMD -MF $out.d $cxxflags $flags -c $in -o $out",
+            "  description = compile $out",
             "  depfile = $out.d",
             "  deps = gcc",
         ]
@@ -168,6 +169,7 @@ class BuildOperator(build_ext):
                 f"{defines} {includes} {pip_flags} {' '.join(codes)}",
                 "rule nvcc",
                 "  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out",
+                "  description = compile $out",
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "rule link",
