@@ -195,6 +195,8 @@ def test_package_index_without_the_archive(tmp_path, monkeypatch):
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """A folder that Python searches before all others, with a Detectron2 of unknown origin."""
+    # A process that has imported one would find that one again.
+    monkeypatch.delitem(sys.modules, "detectron2", raising=False)
     (tmp_path / "site" / "detectron2").mkdir(parents=True)
     (tmp_path / "site" / "detectron2" / "__init__.py").write_text("raise AssertionError")
     monkeypatch.syspath_prepend(tmp_path / "site")
