@@ -173,11 +173,16 @@ class BuildOperator(build_ext):
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "rule link",
+                "  description = link $out",
                 f"  command = $nvcc -shared -cudart static {pip_flags} $in -o $out "
                 + link.replace("-Wl,", "-Xlinker "),
             ]
         else:
-            lines += ["rule link", f"  command = $cxx -shared $in -o $out {link}"]
+            lines += [
+                "rule link",
+                "  description = link $out",
+                f"  command = $cxx -shared $in -o $out {link}",
+            ]
         objects = []
         for source in map(Path, ext.sources):
             is_cuda = source.suffix == ".cu"

@@ -33,7 +33,7 @@ from .builtin import CATEGORIES, SPLITS, annotation_file, datasets_root, image_d
 VERSION = 1  # raise when the same spec gives other images or annotations than before
 SUPERSAMPLE = 4  # shapes are drawn this much larger, then averaged down
 MIN_SIZE = 32  # below this the thin parts are thinner than a pixel
-DIAMETER = (0.3, 0.7)  # of a shape, as a share of the image side
+DIAMETER = (0.35, 0.75)  # of a shape, as a share of the image side
 MIN_VISIBLE = 0.5  # of a shape's area; what hides more of a shape is not placed
 MIN_VISIBLE_PIXELS = 16
 PLACEMENTS = 10  # attempts per object
