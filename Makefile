@@ -68,7 +68,7 @@ $(STAMPS)/torch: | $(PY)
 
 $(STAMPS)/extension: $(STAMPS)/torch $(SOURCES)
 	@echo "== carafe_d2 and its compiled operator"
-	@$(PIP) install --quiet 'setuptools>=64,<81' wheel ninja
+	@$(PIP) install --quiet 'setuptools>=64' wheel ninja
 	@$(PY) setup.py --quiet build_ext --inplace
 	@$(PIP) install --quiet --no-build-isolation --editable '.[train,test]'
 	@touch $@
