@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import (
+    DatasetCatalog,
     DatasetFromList,
     DatasetMapper,
     MapDataset,
@@ -23,6 +24,7 @@ from detectron2.data.samplers import (
 )
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.file_io import PathManager
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
@@ -36,12 +38,12 @@ def check_datasets(names: Iterable[str]) -> None:
             names the path looked for and the variable that sets it.
     """
     for name in names:
-        if name not in MetadataCatalog.list():
+        if name not in DatasetCatalog:
             raise UserError(f"dataset {name!r} of DATASETS.TRAIN or TEST is not registered")
         metadata = MetadataCatalog.get(name)
         for key in ("json_file", "image_root"):
             path = metadata.get(key)
-            if path and not os.path.exists(path):
+            if path and not PathManager.exists(path):
                 cure = metadata.get("how_to_get", "put it there")
                 raise UserError(
                     f"dataset {name!r}: {os.path.abspath(path)} does not exist; {cure}, or set "
@@ -60,7 +62,8 @@ class CarafeDatasetMapper(DatasetMapper):
     def __call__(self, dataset_dict: dict) -> dict:
         try:
             return super().__call__(dataset_dict)
-        except (OSError, SyntaxError, SizeMismatchError) as error:  # Pillow raises all of them
+        # What Pillow raises for files it cannot decode, and Detectron2 for a wrong size.
+        except (OSError, SyntaxError, SizeMismatchError) as error:
             raise UserError(f"cannot read image {dataset_dict['file_name']}: {error}") from error
 
 

@@ -159,11 +159,14 @@ def test_wrong_keys_are_named(broken_dataset, monkeypatch):
 
 def test_missing_dataset_names_path_and_variable(tmp_path):
     name = "missing_for_test"
-    MetadataCatalog.get(name).set(json_file=str(tmp_path / "absent.json"))
+    DatasetCatalog.register(name, list)
     try:
+        check_datasets([name])  # nothing is known of where its files are
+        MetadataCatalog.get(name).set(json_file=str(tmp_path / "absent.json"))
         with pytest.raises(UserError, match=r"absent\.json does not exist.*DETECTRON2_DATASETS"):
             check_datasets([name])
     finally:
+        DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     with pytest.raises(UserError, match=r"'nonsense' .* is not registered"):
         check_datasets(["nonsense"])
