@@ -12,6 +12,7 @@ Environment variables:
     TORCH_CUDA_ARCH_LIST  GPUs to build for, such as "8.0;9.0+PTX". Default: the GPUs of this
                           machine, or without one every architecture from 7.5 to 12.0, and PTX.
     CXX                   The C++ compiler. Default: g++.
+    CXXFLAGS, LDFLAGS     Further flags for compiling C++ and for linking, e.g. for sanitizers.
     MAX_JOBS              How many files are compiled at a time. Default: one per processor.
 """
 
@@ -31,8 +32,8 @@ ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10: the first whose stable ABI has what we need
 DEFAULT_ARCHS = ("75", "80", "86", "89", "90", "100", "120")
 CPU_FLAGS = {  # instruction sets that are chosen at run time, by source file
-    "kernels_avx2.cpp": "-mavx2 -mfma",
-    "kernels_avx512.cpp": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl "
+    "kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
+    "kernels_avx512.cpp": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl "
     "-mprefer-vector-width=512",
 }
 
@@ -151,11 +152,12 @@ class BuildOperator(build_ext):
         codes += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ptx]
         pip_flags = pip_toolkit_flags(nvcc) if nvcc else ""
         # libtorch brings in libtorch_cuda where PyTorch has it: it must stay, needed or not.
-        link = f"-Wl,--no-as-needed -L{torch_folder}/lib -ltorch -ltorch_cpu"
+        link = f"-Wl,--no-as-needed -L{torch_folder}/lib -ltorch -ltorch_cpu "
+        link += os.environ.get("LDFLAGS", "")
         lines = [
             f"cxx = {os.environ.get('CXX', 'g++')}",
             "cxxflags = -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra "
-            f"{defines} {includes}",
+            f"{defines} {includes} {os.environ.get('CXXFLAGS', '')}",
             "rule cxx",
             "  command = $cxx -MMD -MF $out.d $cxxflags $flags -c $in -o $out",
             "  description = compile $out",

@@ -248,15 +248,15 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& fea
                                        : torch::stable::new_empty(features, Sizes(none, 1));
   Tensor grad_kernels = want_kernels ? empty(kernels.sizes(), kernels, is_channels_last(kernels))
                                      : torch::stable::new_empty(kernels, Sizes(none, 1));
-  const Tensor grad = with_layout(grad_output, shape.channels_last);
-  if (grad_features.numel() > 0) {
-    backend.backward_features(shape, map_of(grad), kernels_of(op, shape, kernels),
-                              map_of(grad_features));
-  }
-  if (grad_kernels.numel() > 0) {
+  const bool has_features = grad_features.numel() > 0, has_kernels = grad_kernels.numel() > 0;
+  if (has_features || has_kernels) {
+    const Tensor grad = with_layout(grad_output, shape.channels_last);
     const Tensor source = with_layout(features, shape.channels_last);
-    backend.backward_kernels(shape, map_of(grad), map_of(source), kernels_of(op, shape, kernels),
-                             kernels_of(op, shape, grad_kernels));
+    const Map features_grad = has_features ? map_of(grad_features) : Map{};
+    const Kernels kernels_grad = has_kernels ? kernels_of(op, shape, grad_kernels) : Kernels{};
+    backend.backward(shape, map_of(grad), map_of(source), kernels_of(op, shape, kernels),
+                     has_features ? &features_grad : nullptr,
+                     has_kernels ? &kernels_grad : nullptr);
   }
   return {grad_features, grad_kernels};
 }

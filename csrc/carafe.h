@@ -49,14 +49,13 @@ struct Kernels {
   bool softmax;
 };
 
-// One backend. Every function overwrites its last argument. Columns (or channels, in channels last)
-// of features, output and their gradients are adjacent; every other stride is free.
+// One backend. Outputs, the last arguments, are overwritten; gradients that are not wanted are null.
+// Columns (or channels, in channels last) of features, output and their gradients are adjacent;
+// every other stride is free.
 struct Backend {
   void (*forward)(const Shape&, const Map& features, const Kernels&, const Map& output);
-  void (*backward_features)(const Shape&, const Map& grad_output, const Kernels&,
-                            const Map& grad_features);
-  void (*backward_kernels)(const Shape&, const Map& grad_output, const Map& features,
-                           const Kernels&, const Kernels& grad_kernels);
+  void (*backward)(const Shape&, const Map& grad_output, const Map& features, const Kernels&,
+                   const Map* grad_features, const Kernels* grad_kernels);
 };
 
 extern const Backend kCpuBackend;

@@ -1,7 +1,6 @@
 // The CPU backend: picks the kernels for the processor at hand and spreads rows over threads.
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -43,11 +42,10 @@ struct Free {
   void operator()(char* memory) const { std::free(memory); }
 };
 
-std::unique_ptr<char, Free> zeroed(size_t bytes) {
+std::unique_ptr<char, Free> allocate(size_t bytes) {
   const size_t size = (bytes + 63) / 64 * 64;
   std::unique_ptr<char, Free> memory(static_cast<char*>(std::aligned_alloc(64, size)));
   if (!memory) throw std::bad_alloc();
-  std::memset(memory.get(), 0, size);
   return memory;
 }
 
@@ -61,7 +59,7 @@ void for_all_rows(const Shape& shape, const Kernel& kernel) {
   const size_t scratch_bytes = kernel(0, 0, nullptr);
   torch::stable::parallel_for(0, shape.batch * shape.groups * shape.height, grain,
                               [&](int64_t begin, int64_t end) {
-                                const auto scratch = zeroed(scratch_bytes);
+                                const auto scratch = allocate(scratch_bytes);
                                 kernel(begin, end, scratch.get());
                               });
 }
@@ -72,24 +70,16 @@ void forward(const Shape& shape, const Map& features, const Kernels& weights, co
   });
 }
 
-void backward_features(const Shape& shape, const Map& grad_output, const Kernels& weights,
-                       const Map& grad_features) {
+void backward(const Shape& shape, const Map& grad_output, const Map& features,
+              const Kernels& weights, const Map* grad_features, const Kernels* grad_weights) {
   for_all_rows(shape, [&](int64_t begin, int64_t end, char* scratch) {
-    return kernels().backward_features(shape, grad_output, weights, grad_features, begin, end,
-                                       scratch);
-  });
-}
-
-void backward_kernels(const Shape& shape, const Map& grad_output, const Map& features,
-                      const Kernels& weights, const Kernels& grad_weights) {
-  for_all_rows(shape, [&](int64_t begin, int64_t end, char* scratch) {
-    return kernels().backward_kernels(shape, grad_output, features, weights, grad_weights, begin,
-                                      end, scratch);
+    return kernels().backward(shape, grad_output, features, weights, grad_features, grad_weights,
+                              begin, end, scratch);
   });
 }
 
 }  // namespace
 
-const Backend kCpuBackend = {forward, backward_features, backward_kernels};
+const Backend kCpuBackend = {forward, backward};
 
 }  // namespace carafe_d2

@@ -13,15 +13,13 @@ namespace carafe_d2 {
 // and is called by each thread with a range of its own. Results do not depend on the partition.
 //
 // Without `scratch` a kernel does nothing but return how many bytes of it a call needs;
-// `scratch` is aligned to 64 bytes and zeroed.
+// `scratch` is aligned to 64 bytes.
 struct CpuKernels {
   size_t (*forward)(const Shape&, const Map& features, const Kernels&, const Map& output,
                     int64_t begin, int64_t end, char* scratch);
-  size_t (*backward_features)(const Shape&, const Map& grad_output, const Kernels&,
-                              const Map& grad_features, int64_t begin, int64_t end, char* scratch);
-  size_t (*backward_kernels)(const Shape&, const Map& grad_output, const Map& features,
-                             const Kernels&, const Kernels& grad_kernels, int64_t begin,
-                             int64_t end, char* scratch);
+  size_t (*backward)(const Shape&, const Map& grad_output, const Map& features, const Kernels&,
+                     const Map* grad_features, const Kernels* grad_kernels, int64_t begin,
+                     int64_t end, char* scratch);
 };
 
 extern const CpuKernels kDefaultKernels;

@@ -100,8 +100,14 @@ void backward_kernels(const Shape& shape, const Map& grad_output, const Map& fea
   });
 }
 
+void backward(const Shape& shape, const Map& grad_output, const Map& features,
+              const Kernels& kernels, const Map* grad_features, const Kernels* grad_kernels) {
+  if (grad_features) backward_features(shape, grad_output, kernels, *grad_features);
+  if (grad_kernels) backward_kernels(shape, grad_output, features, kernels, *grad_kernels);
+}
+
 }  // namespace
 
-const Backend kCudaBackend = {forward, backward_features, backward_kernels};
+const Backend kCudaBackend = {forward, backward};
 
 }  // namespace carafe_d2
