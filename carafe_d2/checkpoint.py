@@ -2,14 +2,83 @@
 
 import os
 import pickle
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
 
+import numpy as np
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.utils.file_io import PathManager
+from torch import Tensor
 
+from . import mmdet
 from .errors import UserError
 
 
+class _Unread:
+    """Stands for an object that a file holds beside its weights and that nobody needs."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# MMDetection's files hold best scores as NumPy scalars, and those of an unfinished training the
+# history of its losses. They can be passed over without running any of their code.
+_HARMLESS = [
+    (_Unread, name)
+    for name in (
+        "builtins.getattr",  # the history names its methods
+        "mmengine.logging.history_buffer.HistoryBuffer",
+        "numpy.dtype",
+        "numpy.ndarray",
+        "numpy.core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray._reconstruct",
+        "numpy._core.multiarray.scalar",
+    )
+]
+
+# Blocks of each stage, and convolutions in a block, of the ResNets by their depth.
+_RESNETS = {
+    ((2, 2, 2, 2), 2): 18,
+    ((3, 4, 6, 3), 2): 34,
+    ((3, 4, 6, 3), 3): 50,
+    ((3, 4, 23, 3), 3): 101,
+    ((3, 8, 36, 3), 3): 152,
+}
+
+
 class CarafeCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer for CARAFE models."""
+    """Detectron2's checkpointer, which also reads the checkpoints of MMDetection.
+
+    MMDetection's are recognised by the names of their weights and converted on the way in. Their
+    weights have to be those of the model, all of them and no others: a checkpoint of MMDetection
+    that fits in part would evaluate to figures that mean nothing.
+    """
+
+    def __init__(
+        self,
+        model,
+        save_dir: str = "",
+        *,
+        save_to_disk: bool | None = None,
+        strict: bool = True,
+        **checkpointables,
+    ):
+        """
+        Args:
+            model, save_dir, save_to_disk, **checkpointables: see
+                :class:`detectron2.checkpoint.DetectionCheckpointer`.
+            strict: False starts a training from whatever of an MMDetection checkpoint fits the
+                model; the log names what does not. Detectron2's checkpoints are always so treated.
+        """
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self._strict = strict
 
     def load(self, path: str, *args, **kwargs) -> dict:
         """Loads weights, and with ``checkpointables`` also training state.
@@ -23,14 +92,13 @@ class CarafeCheckpointer(DetectionCheckpointer):
             What the file holds beyond the weights and the state that was loaded.
 
         Raises:
-            UserError: the file is missing, cannot be fetched or is no checkpoint.
+            UserError: the file is missing, cannot be fetched, is no checkpoint, needs code of its
+                own to be read, or is one of MMDetection's and not of this model.
         """
         if path:
-            try:
-                local_path = self.path_manager.get_local_path(path)
-            except Exception as error:  # the path handlers raise whatever their protocol raises
-                raise UserError(f"cannot fetch the weights {path}: {error}") from error
-            if not os.path.isfile(local_path):
+            # Detectron2's main branch takes this option in the path.
+            filename = _fetch(path.removesuffix("?matching_heuristics=True"), self.path_manager)
+            if not os.path.isfile(filename):
                 raise UserError(
                     f"weights {path} do not exist; set MODEL.WEIGHTS to a checkpoint, or to '' to "
                     "start from random weights"
@@ -38,8 +106,159 @@ class CarafeCheckpointer(DetectionCheckpointer):
         return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict:
+        parent = super()
+        checkpoint = _read(filename, lambda: parent._load_file(filename))
+        weights = mmdet.find_state_dict(checkpoint["model"])
+        if weights is not None:
+            return self._convert(filename, checkpoint["model"], weights)
+        if not checkpoint.get("matching_heuristics", False):
+            _check_is_state_dict(filename, checkpoint["model"], self.model.state_dict())
+        return checkpoint
+
+    def _convert(self, filename: str, content: Mapping, weights: Mapping[str, Tensor]) -> dict:
+        """What Detectron2 is to load of a file of MMDetection's."""
         try:
-            return super()._load_file(filename)
-        except (EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else "the file ends too early"
-            raise UserError(f"{filename} is not a readable checkpoint: {reason}") from error
+            converted = mmdet.to_detectron2(weights)
+        except UserError as error:
+            raise UserError(f"{filename}: {error}") from error
+        self.logger.info(f"Read {len(weights)} weights of MMDetection {converted.layout}.")
+        if beside := mmdet.beside_weights(content):
+            self.logger.info(f"Not read: {', '.join(beside)}.")
+        # Whatever else belongs to the geometry of 1.x, its anchors are half a stride off.
+        legacy_geometry = any(
+            isinstance(module, DefaultAnchorGenerator) and module.offset == 0.5
+            for module in self.model.modules()
+        )
+        for difference in mmdet.differences(content, converted, legacy_geometry=legacy_geometry):
+            self.logger.warning(difference)
+
+        model = self.model.state_dict()
+        misfit = _misfit(converted, model)
+        if misfit and self._strict:
+            raise UserError(f"{filename} does not fit the model: {misfit}")
+        # Detectron2 names in a warning whatever the model has no place for, and what it lacks.
+        fitting = {
+            name: tensor
+            for name, tensor in converted.weights.items()
+            if name in model or not mmdet.is_counter(name)
+        }
+        unknown = {name: weights[name] for name in converted.unknown}
+        return {
+            "model": {**fitting, **unknown},
+            "__author__": "MMDetection",
+            "matching_heuristics": False,
+        }
+
+
+def read_checkpoint(path: str) -> dict:
+    """Reads a .pth file of Detectron2 or MMDetection without running code from it.
+
+    Args:
+        path: a file, or an address that Detectron2's path manager knows.
+
+    Returns:
+        What the file contains, its tensors on the CPU.
+
+    Raises:
+        UserError: the file is missing, cannot be fetched, is unreadable or needs code of its own.
+    """
+    filename = _fetch(path, PathManager)
+    if not os.path.isfile(filename):
+        raise UserError(f"checkpoint {path} does not exist")
+    return _read(filename, lambda: torch.load(filename, map_location="cpu", weights_only=True))
+
+
+def _fetch(path: str, path_manager) -> str:
+    """The file's path on this machine, where it is fetched to, and kept, if it is an address."""
+    try:
+        return path_manager.get_local_path(path)
+    except Exception as error:  # the path handlers raise whatever their protocol raises
+        raise UserError(f"cannot fetch the weights {path}: {error}") from error
+
+
+def _read(filename: str, read: Callable[[], dict]) -> dict:
+    """Calls ``read``, passing over the harmless objects in a file of MMDetection's."""
+    try:
+        try:
+            return read()
+        except pickle.UnpicklingError:
+            with torch.serialization.safe_globals(_HARMLESS):
+                content = read()
+            if mmdet.find_state_dict(content) is None:
+                raise
+            return content
+    except Exception as error:  # a spoilt file makes torch.load raise just about anything
+        needs_code = re.search(r"GLOBAL (\S+) (?:was not|whose)", str(error))
+        if needs_code:
+            raise UserError(
+                f"{filename} holds a {needs_code[1]}, and reading that could run code of the file; "
+                "if it is one of MMDetection's, tools/model_converters/publish_model.py there "
+                "keeps only its weights"
+            ) from error
+        lines = str(error).splitlines() or ["the file ends too early"]
+        reason = next((line for line in lines if "WeightsUnpickler error" in line), lines[0])
+        reason = reason.strip().split(". ")[0]
+        raise UserError(f"{filename} is not a readable checkpoint: {reason}") from error
+
+
+def _check_is_state_dict(filename: str, weights, model: Mapping[str, Tensor]) -> None:
+    """Refuses what Detectron2 would take for weights, and then load nothing of."""
+    if not isinstance(weights, Mapping):
+        raise UserError(f"{filename} is no checkpoint: it holds a {type(weights).__name__}")
+    for name, value in weights.items():
+        if not isinstance(value, Tensor | np.ndarray):
+            raise UserError(
+                f"{filename} is no checkpoint of Detectron2's or MMDetection's: its {name!r} is "
+                f"no weight but a {type(value).__name__}"
+            )
+    names = [str(name) for name in weights]
+    if not any(name.removeprefix("module.") in model for name in names):
+        found = mmdet.listed(names) or "nothing"
+        raise UserError(f"{filename} holds no weight of the model, but {found}")
+
+
+def _misfit(converted: mmdet.Converted, model: Mapping[str, Tensor]) -> str | None:
+    """Says how the weights of a checkpoint differ from those of a model, if they do."""
+    weights = converted.weights
+    if converted.unknown:
+        return f"the model has no place for {mmdet.listed(converted.unknown)}"
+    depths = _resnet_depth(weights), _resnet_depth(model)
+    if None not in depths and depths[0] != depths[1]:
+        return (
+            f"its backbone is a ResNet-{depths[0]} and the model's a ResNet-{depths[1]}; "
+            f"set MODEL.RESNETS.DEPTH to {depths[0]}"
+        )
+    classes = mmdet.num_classes(weights), mmdet.num_classes(model)
+    if None not in classes and classes[0] != classes[1]:
+        key = "ROI_HEADS" if any(name.startswith("roi_heads.") for name in model) else "RETINANET"
+        return (
+            f"it tells {classes[0]} classes apart and the model {classes[1]}; "
+            f"set MODEL.{key}.NUM_CLASSES to {classes[0]}"
+        )
+    missing = [name for name in model if name not in weights and not mmdet.is_counter(name)]
+    if missing:
+        return f"it lacks {mmdet.listed(missing)}"
+    surplus = [name for name in weights if name not in model and not mmdet.is_counter(name)]
+    mask_head = "roi_heads.mask_head."
+    if not any(name.startswith(mask_head) for name in model):  # boxes are the same without it
+        surplus = [name for name in surplus if not name.startswith(mask_head)]
+    if surplus:
+        return f"the model has no place for {mmdet.listed(surplus)}"
+    for name, tensor in weights.items():
+        if name in model and tensor.shape != model[name].shape:
+            return (
+                f"{name} has shape {tuple(tensor.shape)} in it and {tuple(model[name].shape)} in "
+                "the model"
+            )
+    return None
+
+
+def _resnet_depth(weights: Mapping[str, Tensor]) -> int | None:
+    """The depth of the ResNet in weights by Detectron2's names, if it is a known one."""
+    convolution = re.compile(r"backbone\.bottom_up\.res(\d)\.(\d+)\.conv(\d)\.weight")
+    found = [match.groups() for match in map(convolution.fullmatch, weights) if match]
+    if not found:
+        return None
+    blocks = Counter(stage for stage, _, conv in found if conv == "1")
+    convolutions = max(int(conv) for _, _, conv in found)
+    return _RESNETS.get((tuple(blocks[stage] for stage in "2345"), convolutions))

@@ -1,8 +1,90 @@
+import http.server
+import logging
+import os
+import pickle
+import sys
+import threading
+import types
+from collections import OrderedDict
+
+import numpy as np
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.backbone.resnet import BasicStem
+from torch import nn
 
 from carafe_d2 import CarafeCheckpointer, CARAFEPack
+from carafe_d2.checkpoint import read_checkpoint
 from carafe_d2.errors import UserError
+
+# MMDetection's weights of the smallest thing that passes for a detector.
+STATE_DICT = {
+    "backbone.conv1.weight": (4, 3, 7, 7),
+    "backbone.bn1.weight": (4,),
+    "backbone.bn1.bias": (4,),
+    "backbone.bn1.running_mean": (4,),
+    "backbone.bn1.running_var": (4,),
+    "backbone.bn1.num_batches_tracked": (),
+    "neck.lateral_convs.0.conv.weight": (4, 4, 1, 1),
+    "neck.lateral_convs.0.conv.bias": (4,),
+    "roi_head.bbox_head.fc_cls.weight": (6, 4),
+    "roi_head.bbox_head.fc_cls.bias": (6,),
+}
+
+
+def detector(norm="FrozenBN", classes=5, mask_head=False):
+    """A module with the weights of STATE_DICT by the names of Detectron2."""
+    model = nn.Module()
+    model.backbone = nn.Module()
+    model.backbone.bottom_up = nn.Module()
+    model.backbone.bottom_up.stem = BasicStem(3, 4, norm=norm)
+    model.backbone.fpn_lateral2 = nn.Conv2d(4, 4, 1)
+    model.roi_heads = nn.Module()
+    model.roi_heads.box_predictor = nn.Module()
+    model.roi_heads.box_predictor.cls_score = nn.Linear(4, classes + 1)
+    if mask_head:
+        model.roi_heads.mask_head = nn.Module()
+        model.roi_heads.mask_head.predictor = nn.Conv2d(4, classes, 1)
+    return model
+
+
+def module_of(names):
+    """A module with parameters of those names, and of one number each."""
+    root = nn.Module()
+    for name in names:
+        *path, parameter = name.split(".")
+        module = root
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(parameter, nn.Parameter(torch.zeros(1)))
+    return root
+
+
+@pytest.fixture
+def state_dict():
+    torch.manual_seed(0)
+    return OrderedDict((name, torch.rand(shape)) for name, shape in STATE_DICT.items())
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "checkpoint.pth"
+
+
+def save(path, state_dict, **others):
+    torch.save({"state_dict": state_dict, "meta": {"CLASSES": ("a", "b")}, **others}, path)
+    return str(path)
+
+
+def assert_loaded(model, state_dict):
+    lateral = model.backbone.fpn_lateral2
+    assert torch.equal(lateral.weight, state_dict["neck.lateral_convs.0.conv.weight"])
+    norm = model.backbone.bottom_up.stem.conv1.norm
+    assert torch.equal(norm.running_var, state_dict["backbone.bn1.running_var"])
 
 
 def test_saves_and_loads(tmp_path):
@@ -20,6 +102,30 @@ def test_empty_path_leaves_the_model_alone():
     assert torch.equal(pack.content_encoder.weight, before)
 
 
+def test_detectron2_checkpoints_load_as_with_its_own_checkpointer(path, caplog):
+    weights = detector(mask_head=True).state_dict()
+    torch.save({"model": weights, "iteration": 3}, path)
+    logs = []
+    for checkpointer in (DetectionCheckpointer, CarafeCheckpointer):
+        caplog.clear()
+        # Other classes, and no mask head: what does not fit is left out with a warning.
+        model = detector(classes=2)
+        assert checkpointer(model).load(str(path)) == {"iteration": 3}
+        assert torch.equal(model.backbone.fpn_lateral2.bias, weights["backbone.fpn_lateral2.bias"])
+        logs.append([r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING])
+    assert logs[0] == logs[1] != []
+
+
+def test_model_zoo_files_of_detectron2_load(tmp_path):
+    weights = {name: tensor.numpy() for name, tensor in detector().state_dict().items()}
+    file = tmp_path / "model.pkl"
+    file.write_bytes(pickle.dumps({"model": weights, "__author__": "Detectron2 Model Zoo"}))
+    model = detector()
+    CarafeCheckpointer(model).load(str(file))
+    lateral = weights["backbone.fpn_lateral2.weight"]
+    assert np.array_equal(model.backbone.fpn_lateral2.weight.detach(), lateral)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -30,17 +136,244 @@ def test_empty_path_leaves_the_model_alone():
             lambda file: file.write_bytes(file.read_bytes()[:1000]),
             "model.pth is not a readable checkpoint",
         ),
+        (lambda file: torch.save([1], file), "model.pth is no checkpoint: it holds a list"),
+        (lambda file: torch.save({"epoch": 3}, file), "its 'epoch' is no weight but a int"),
+        (
+            lambda file: torch.save({"layer1.0.conv1.weight": torch.rand(1)}, file),
+            "model.pth holds no weight of the model, but layer1.0.conv1.weight",
+        ),
     ],
-    ids=["missing", "empty", "foreign", "truncated"],
+    ids=["missing", "empty", "garbage", "truncated", "list", "no weights", "other names"],
 )
 def test_unusable_files_are_named(tmp_path, spoil, message):
     checkpointer = CarafeCheckpointer(CARAFEPack(4, 2), str(tmp_path))
     checkpointer.save("model")
     spoil(tmp_path / "model.pth")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         checkpointer.load(str(tmp_path / "model.pth"))
+    assert "\n" not in str(error.value)
 
 
 def test_unreachable_address_is_named():
     with pytest.raises(UserError, match="cannot fetch the weights http://localhost:1/model"):
         CarafeCheckpointer(CARAFEPack(4, 2)).load("http://localhost:1/model.pth")
+
+
+def test_addresses_are_fetched_once(tmp_path, state_dict, monkeypatch):
+    served = tmp_path / "served"
+    served.mkdir()
+    save(served / "mmdet.pth", state_dict)
+    requests = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=served)
+
+        def log_request(self, code):
+            requests.append((self.path, code))
+
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    with http.server.HTTPServer(("localhost", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        address = f"http://localhost:{server.server_port}"
+        for _ in range(2):
+            model = detector()
+            CarafeCheckpointer(model).load(f"{address}/mmdet.pth")
+            assert_loaded(model, state_dict)
+        with pytest.raises(UserError, match=rf"cannot fetch the weights {address}/absent.pth.*404"):
+            CarafeCheckpointer(model).load(f"{address}/absent.pth")
+        server.shutdown()
+    assert requests.count(("/mmdet.pth", 200)) == 1
+
+
+@pytest.mark.parametrize("zip_file", [True, False], ids=["zip", "before PyTorch 1.6"])
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_mmdetection_checkpoints_load(path, state_dict, norm, zip_file, caplog):
+    # PyTorch keeps the versions of modules there, and they are not those of Detectron2's.
+    state_dict._metadata = OrderedDict({"backbone.bn1": {"version": 2}})
+    torch.save({"state_dict": state_dict}, path, _use_new_zipfile_serialization=zip_file)
+    model = detector(norm)
+    CarafeCheckpointer(model).load(str(path))
+    assert_loaded(model, state_dict)
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("name", STATE_DICT)
+def test_lacking_weights_are_named(path, state_dict, name):
+    del state_dict[name]
+    save(path, state_dict)
+    if name.endswith("num_batches_tracked"):  # which no result depends on
+        CarafeCheckpointer(detector()).load(str(path))
+        return
+    kind = name.rpartition(".")[2]
+    with pytest.raises(UserError, match=rf"checkpoint.pth does not fit .* it lacks \S+\.{kind}$"):
+        CarafeCheckpointer(detector()).load(str(path))
+
+
+def test_model_is_not_touched_by_a_checkpoint_that_does_not_fit(path, state_dict):
+    del state_dict["roi_head.bbox_head.fc_cls.bias"]
+    model = detector()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError):
+        CarafeCheckpointer(model).load(save(path, state_dict))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name", ["backbone.layer1.0.conv2.conv_offset.weight", "neck.lateral_convs.4.conv.weight"]
+)
+def test_weights_without_a_place_are_named(path, state_dict, name, caplog):
+    state_dict[name] = torch.rand(1)
+    ours = "backbone.fpn_lateral6.weight" if name.startswith("neck") else name
+    with pytest.raises(UserError, match=f"the model has no place for {ours}$"):
+        CarafeCheckpointer(detector()).load(save(path, state_dict))
+
+    model = detector()
+    CarafeCheckpointer(model, strict=False).load(str(path))
+    assert_loaded(model, state_dict)
+    assert ours in caplog.text
+
+
+def test_other_number_of_classes_is_named(path, state_dict, caplog):
+    save(path, state_dict)
+    message = "it tells 5 classes apart and the model 3; set MODEL.ROI_HEADS.NUM_CLASSES to 5"
+    with pytest.raises(UserError, match=message):
+        CarafeCheckpointer(detector(classes=3)).load(str(path))
+
+    model = detector(classes=3)
+    CarafeCheckpointer(model, strict=False).load(str(path))
+    assert_loaded(model, state_dict)
+    assert "Skip loading parameter 'roi_heads.box_predictor.cls_score.weight'" in caplog.text
+
+
+def test_other_shape_is_named(path, state_dict):
+    state_dict["neck.lateral_convs.0.conv.bias"] = torch.rand(8)
+    message = r"backbone.fpn_lateral2.bias has shape \(8,\) in it and \(4,\) in the model"
+    with pytest.raises(UserError, match=message):
+        CarafeCheckpointer(detector()).load(save(path, state_dict))
+
+
+def convolutions(first_stage, blocks, in_a_block):
+    """Names of a ResNet's convolutions; first_stage is the name of its first stage."""
+    prefix, number = first_stage[:-1], int(first_stage[-1])
+    return [
+        f"{prefix}{number + stage}.{block}.conv{i}.weight"
+        for stage, count in enumerate(blocks)
+        for block in range(count)
+        for i in range(1, in_a_block + 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        (
+            ((3, 4, 23, 3), 3),
+            ((3, 4, 6, 3), 3),
+            "ResNet-101 and the model's a ResNet-50; .* to 101",
+        ),
+        (((3, 4, 6, 3), 2), ((3, 4, 6, 3), 3), "ResNet-34 and the model's a ResNet-50; .* to 34"),
+    ],
+)
+def test_other_depth_is_named(path, theirs, ours, message):
+    state_dict = {n: torch.rand(1) for n in convolutions("backbone.layer1", *theirs)}
+    model = module_of(convolutions("backbone.bottom_up.res2", *ours))
+    with pytest.raises(UserError, match=message):
+        CarafeCheckpointer(model).load(save(path, state_dict))
+
+
+def test_boxes_are_evaluated_without_the_mask_head_of_the_checkpoint(path, state_dict, caplog):
+    state_dict["roi_head.mask_head.conv_logits.weight"] = torch.rand(5, 4, 1, 1)
+    state_dict["roi_head.mask_head.conv_logits.bias"] = torch.rand(5)
+    model = detector()
+    CarafeCheckpointer(model).load(save(path, state_dict))
+    assert_loaded(model, state_dict)
+    assert "keys that are not used by the model" in caplog.text
+    assert "roi_heads.mask_head.predictor" in caplog.text
+
+    with pytest.raises(UserError, match=r"it lacks roi_heads\.mask_head\.predictor\.bias"):
+        del state_dict["roi_head.mask_head.conv_logits.bias"]
+        CarafeCheckpointer(detector(mask_head=True)).load(save(path, state_dict))
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_geometry_of_the_model_is_compared(path, state_dict, offset, caplog):
+    model = detector()
+    model.proposal_generator = nn.Module()
+    model.proposal_generator.anchor_generator = DefaultAnchorGenerator(
+        sizes=[[32]], aspect_ratios=[[1.0]], strides=[4], offset=offset
+    )
+    CarafeCheckpointer(model).load(save(path, state_dict))
+    assert ("geometry of MMDetection 1.x" in caplog.text) == (offset == 0.5)
+
+
+class HistoryBuffer:
+    """Pickles like that of MMEngine, whose training checkpoints hold the history of each loss."""
+
+    def __init__(self):
+        self._log_history = np.arange(3.0)
+        self._statistics_methods = {"mean": self.mean}
+
+    def mean(self):
+        raise AssertionError("ran")
+
+
+@pytest.fixture
+def mmengine(monkeypatch):
+    """MMEngine as far as a checkpoint needs it, while it is being saved."""
+    name = "mmengine.logging.history_buffer"
+    module = types.ModuleType(name)
+    module.HistoryBuffer = HistoryBuffer
+    monkeypatch.setattr(HistoryBuffer, "__module__", name)
+    monkeypatch.setitem(sys.modules, "mmengine", types.ModuleType("mmengine"))
+    monkeypatch.setitem(sys.modules, "mmengine.logging", types.ModuleType("mmengine.logging"))
+    monkeypatch.setitem(sys.modules, name, module)
+    return module
+
+
+def test_unfinished_trainings_of_mmdetection_load(path, state_dict, mmengine, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    meta = {"hook_msgs": {"best_score": np.float64(0.39)}, "seed": np.int32(3), "iter": 7330}
+    message_hub = {"log_scalars": OrderedDict(loss=mmengine.HistoryBuffer())}
+    save(path, state_dict, meta=meta, message_hub=message_hub, optimizer={"state": {}})
+    monkeypatch.delitem(sys.modules, mmengine.__name__)
+    model = detector()
+    CarafeCheckpointer(model).load(str(path))
+    assert_loaded(model, state_dict)
+    assert "Not read: message_hub, optimizer" in caplog.text
+    assert read_checkpoint(str(path))["meta"]["iter"] == 7330
+
+
+def test_numpy_beside_weights_of_detectron2_is_not_passed_over(path):
+    torch.save({"model": detector().state_dict(), "iteration": np.int64(3)}, path)
+    with pytest.raises(UserError, match=r"holds a numpy\S*multiarray.scalar"):
+        CarafeCheckpointer(detector()).load(str(path))
+
+
+class Malicious:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [("mkdir", r"(posix|nt)\.mkdir"), ("eval", "eval"), ("getattr", r"(posix|nt)\.mkdir")],
+)
+@pytest.mark.parametrize("zip_file", [True, False], ids=["zip", "before PyTorch 1.6"])
+def test_code_in_a_checkpoint_does_not_run(tmp_path, path, state_dict, function, name, zip_file):
+    evidence = tmp_path / "evidence"
+    attack = {
+        "mkdir": Malicious(os.mkdir, str(evidence)),
+        "eval": Malicious(eval, f"__import__('os').mkdir({str(evidence)!r})"),
+        "getattr": [Malicious(getattr, "", "join"), Malicious(os.mkdir, str(evidence))],
+    }[function]
+    content = {"state_dict": state_dict, "meta": {"time": attack}}
+    torch.save(content, path, _use_new_zipfile_serialization=zip_file)
+    for read in (CarafeCheckpointer(detector()).load, read_checkpoint):
+        with pytest.raises(UserError, match=f"holds a {name}, and .*publish_model.py") as error:
+            read(str(path))
+        assert "\n" not in str(error.value)
+    assert not evidence.exists()
