@@ -12,13 +12,13 @@ import weakref
 import torch
 from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
 from detectron2.evaluation import COCOEvaluator, verify_results
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 
 from carafe_d2 import CarafeCheckpointer
 from carafe_d2.config import load_config
 from carafe_d2.data.build import build_test_loader, build_train_loader, check_datasets
 from carafe_d2.errors import UserError, exit_on_user_error
+from carafe_d2.solver import build_optimizer
 
 
 class Trainer(DefaultTrainer):
@@ -33,16 +33,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg, model):
-        if cfg.SOLVER.OPTIMIZER == "SGD":
-            return super().build_optimizer(cfg, model)
-        if cfg.SOLVER.OPTIMIZER != "AdamW":
-            raise UserError(f"SOLVER.OPTIMIZER must be SGD or AdamW, got {cfg.SOLVER.OPTIMIZER!r}")
-        params = get_default_optimizer_params(
-            model, base_lr=cfg.SOLVER.BASE_LR, weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM
-        )
-        return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(
-            params, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, fused=True
-        )
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -60,7 +51,7 @@ class Trainer(DefaultTrainer):
     def build_hooks(self):
         # One of the hooks saves with the checkpointer, so it has to be in place before them.
         self.checkpointer = CarafeCheckpointer(
-            self.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+            self.model, self.cfg.OUTPUT_DIR, strict=False, trainer=weakref.proxy(self)
         )
         return super().build_hooks()
 

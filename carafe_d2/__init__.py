@@ -26,6 +26,8 @@ __all__ = [
 _DETECTRON2_NAMES = [
     "CarafeCheckpointer",
     "CarafeFPN",
+    "LegacyAnchorGenerator",
+    "LegacyRCNN",
     "MaskRCNNCarafeUpsampleHead",
     "add_carafe_config",
     "build_resnet_carafe_fpn_backbone",
@@ -41,6 +43,7 @@ if find_spec("detectron2"):
         build_resnet_carafe_fpn_backbone,
         build_retinanet_resnet_carafe_fpn_backbone,
     )
+    from .legacy import LegacyAnchorGenerator, LegacyRCNN
     from .mask_head import MaskRCNNCarafeUpsampleHead
 
     __all__ += _DETECTRON2_NAMES

@@ -1,10 +1,13 @@
 """Every YAML of configs/ is a model that trains and predicts."""
 
+import functools
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
@@ -85,13 +88,124 @@ def test_baselines_differ_in_the_upsamplers_only():
     assert baseline == carafe
 
 
+# What the published configs set; a dict tells the years apart.
+RECIPE = {
+    "MODEL.WEIGHTS": "detectron2://ImageNetPretrained/torchvision/R-50.pkl",
+    "MODEL.BACKBONE.FREEZE_AT": 2,
+    "MODEL.RESNETS.DEPTH": 50,
+    "MODEL.RESNETS.NORM": "FrozenBN",
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+    "MODEL.FPN.OUT_CHANNELS": 256,
+    "MODEL.FPN.UPSAMPLE": "carafe",
+    "MODEL.ROI_MASK_HEAD.UPSAMPLE": "carafe",
+    "MODEL.CARAFE.UP_KERNEL": 5,
+    "MODEL.CARAFE.UP_GROUP": 1,
+    "MODEL.CARAFE.ENCODER_KERNEL": 3,
+    "MODEL.CARAFE.ENCODER_DILATION": 1,
+    "MODEL.CARAFE.COMPRESSED_CHANNELS": 64,
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [512]],
+    "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
+    "MODEL.ANCHOR_GENERATOR.OFFSET": {2019: 0.5, 2020: 0.0},
+    "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
+    "MODEL.RPN.BBOX_REG_WEIGHTS": (1.0, 1.0, 1.0, 1.0),
+    "MODEL.RPN.IOU_THRESHOLDS": [0.3, 0.7],
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 256,
+    "MODEL.RPN.POSITIVE_FRACTION": 0.5,
+    "MODEL.RPN.BOUNDARY_THRESH": {2019: 0, 2020: -1},
+    "MODEL.RPN.SMOOTH_L1_BETA": {2019: 1 / 9, 2020: 0.0},
+    "MODEL.RPN.NMS_THRESH": 0.7,
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 2000,
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": {2019: 2000, 2020: 1000},
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": 1000,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 1000,
+    "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": 0,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 80,
+    "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+    "MODEL.ROI_HEADS.IOU_THRESHOLDS": [0.5],
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 512,
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION": 0.25,
+    "MODEL.ROI_HEADS.PROPOSAL_APPEND_GT": True,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.05,
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST": 0.5,
+    "MODEL.ROI_BOX_HEAD.NUM_FC": 2,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 1024,
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS": (10.0, 10.0, 5.0, 5.0),
+    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": False,
+    "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": {2019: 1.0, 2020: 0.0},
+    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": {2019: "ROIAlign", 2020: "ROIAlignV2"},
+    "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": {2019: 2, 2020: 0},
+    "MODEL.ROI_MASK_HEAD.NUM_CONV": 4,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 256,
+    "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION": 14,
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": {2019: "ROIAlign", 2020: "ROIAlignV2"},
+    "MODEL.ROI_MASK_HEAD.POOLER_SAMPLING_RATIO": {2019: 2, 2020: 0},
+    "DATASETS.TRAIN": ("coco_2017_train",),
+    "DATASETS.TEST": ("coco_2017_val",),
+    "INPUT.FORMAT": "RGB",
+    "INPUT.MIN_SIZE_TRAIN": (800,),
+    "INPUT.MAX_SIZE_TRAIN": 1333,
+    "INPUT.MIN_SIZE_TEST": 800,
+    "INPUT.MAX_SIZE_TEST": 1333,
+    "INPUT.RANDOM_FLIP": "horizontal",
+    "INPUT.CROP.ENABLED": False,
+    "SOLVER.OPTIMIZER": "SGD",
+    "SOLVER.IMS_PER_BATCH": 16,
+    "SOLVER.BASE_LR": 0.02,
+    "SOLVER.MOMENTUM": 0.9,
+    "SOLVER.NESTEROV": False,
+    "SOLVER.WEIGHT_DECAY": 1e-4,
+    "SOLVER.WEIGHT_DECAY_BIAS": None,
+    "SOLVER.CLIP_GRADIENTS.ENABLED": {2019: True, 2020: False},
+    "TEST.DETECTIONS_PER_IMAGE": 100,
+}
+
+
+def published(kind, year):
+    """The config of a published model as a user loads it."""
+    suffix = {2019: "_2019", 2020: ""}[year]
+    name = f"{kind}_rcnn_R50_FPN_carafe_1x{suffix}.yaml"
+    return load_config(str(CONFIGS[0].with_name(name)))
+
+
+@pytest.mark.parametrize("year", [2019, 2020])
 @pytest.mark.parametrize("kind", ["faster", "mask"])
-def test_recipe_is_that_of_the_published_models(kind):
-    cfg = load_config(str(CONFIGS[0].with_name(f"{kind}_rcnn_R50_FPN_carafe_1x.yaml")))
-    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER) == (16, 0.02, 90000)
-    assert cfg.MODEL.RESNETS.DEPTH == 50
-    assert not cfg.MODEL.RESNETS.STRIDE_IN_1X1
-    assert cfg.INPUT.FORMAT == "RGB"
-    assert cfg.MODEL.PIXEL_STD == [58.395, 57.120, 57.375]
-    assert cfg.MODEL.WEIGHTS.endswith("torchvision/R-50.pkl")
-    assert cfg.DATASETS.TEST == ("coco_2017_val",)
+def test_recipe_is_that_of_the_published_models(kind, year):
+    cfg = published(kind, year)
+    assert (kind == "mask") == cfg.MODEL.MASK_ON
+    for key, expected in RECIPE.items():
+        value = functools.reduce(getattr, key.split("."), cfg)
+        assert value == (expected[year] if isinstance(expected, dict) else expected), key
+
+
+def test_gradients_of_2019_are_clipped_together():
+    clip = published("faster", 2019).SOLVER.CLIP_GRADIENTS
+    assert (clip.CLIP_TYPE, clip.CLIP_VALUE, clip.NORM_TYPE) == ("full_model", 35.0, 2.0)
+
+
+@pytest.mark.parametrize(("year", "warmup_ratio"), [(2019, 1 / 3), (2020, 0.001)])
+def test_schedule_is_that_of_the_published_models(year, warmup_ratio):
+    """12 epochs, a tenth after epochs 8 and 11, linear warm-up over 500 iterations."""
+    cfg = published("mask", year)
+    epoch = math.ceil(117266 / cfg.SOLVER.IMS_PER_BATCH)  # images of COCO train2017 with objects
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=cfg.SOLVER.BASE_LR)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    assert 12 * epoch == cfg.SOLVER.MAX_ITER
+    rates = []
+    for _ in range(cfg.SOLVER.MAX_ITER):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    expected = {
+        0: 0.02 * warmup_ratio,
+        250: 0.02 * (warmup_ratio + (1 - warmup_ratio) / 2),
+        500: 0.02,
+        8 * epoch - 1: 0.02,
+        8 * epoch: 0.002,
+        11 * epoch - 1: 0.002,
+        11 * epoch: 0.0002,
+        12 * epoch - 1: 0.0002,
+    }
+    assert {i: rates[i] for i in expected} == pytest.approx(expected)
