@@ -1,0 +1,223 @@
+"""tools/reproduce.py: the page of results, and the measuring of its rows on the shapes dataset."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from carafe_d2.config import load_config
+from carafe_d2.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+TOOL = ROOT / "tools" / "reproduce.py"
+RESULTS = json.loads((ROOT / "docs" / "results.json").read_text())["rows"]
+CONFIG = "configs/shapes_mask_rcnn_R18_FPN_carafe.yaml"
+SMALL = [
+    *("INPUT.MIN_SIZE_TEST", "64", "MODEL.DEVICE", "cpu"),
+    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "5"),
+]
+
+spec = importlib.util.spec_from_file_location("reproduce", TOOL)
+reproduce = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reproduce)
+
+
+# --- the rows and their page --------------------------------------------------------------------
+
+
+def test_rows_are_those_of_the_published_tables():
+    published = {
+        (row["model"], row["year"], row["proposals"]): reproduce.figures(row["published"])
+        for row in RESULTS
+    }
+    assert published == {
+        ("Faster R-CNN w/ CARAFE", 2019, 1000): "37.8",
+        ("Faster R-CNN w/ CARAFE", 2019, 2000): "37.9",
+        ("Mask R-CNN w/ CARAFE", 2019, 1000): "38.6 / 35.6",
+        ("Mask R-CNN w/ CARAFE", 2019, 2000): "38.6 / 35.7",
+        ("Faster R-CNN w/ CARAFE", 2020, 1000): "38.6 (16.5 images/s)",
+        ("Faster R-CNN w/ CARAFE", 2020, 2000): "",
+        ("Mask R-CNN w/ CARAFE", 2020, 1000): "39.3 / 35.8 (14.0 images/s)",
+        ("Mask R-CNN w/ CARAFE", 2020, 2000): "",
+    }
+
+
+@pytest.mark.parametrize("row", RESULTS, ids=lambda row: row["name"])
+def test_config_of_a_row_is_the_model_of_the_row(row):
+    cfg = load_config(str(ROOT / row["config"]), row["overrides"])
+    assert ("mask" in row["name"]) == cfg.MODEL.MASK_ON
+    assert (row["year"] == 2019) == (cfg.MODEL.META_ARCHITECTURE == "LegacyRCNN")
+    proposals = (cfg.MODEL.RPN.PRE_NMS_TOPK_TEST, cfg.MODEL.RPN.POST_NMS_TOPK_TEST)
+    assert proposals == (row["proposals"], row["proposals"])
+    kind, year = row["name"].split("_")[0], "_2019" if row["year"] == 2019 else ""
+    assert row["training_config"] == f"configs/{kind}_rcnn_R50_FPN_carafe_1x{year}.yaml"
+    assert f"/{kind}_rcnn_r50_fpn_carafe_1x" in row["checkpoint"]
+
+
+def test_page_is_up_to_date(tmp_path):
+    page = ROOT / "docs" / "results.md"
+    copy = tmp_path / "results.md"
+    copy.write_text(page.read_text())
+    reproduce.write_page(copy, RESULTS)
+    assert copy.read_text() == page.read_text()
+
+
+def test_page_without_marks_is_refused(tmp_path):
+    page = tmp_path / "results.md"
+    with pytest.raises(UserError, match=r"results\.md does not exist"):
+        reproduce.write_page(page, RESULTS)
+    page.write_text("# Results\n")
+    with pytest.raises(UserError, match=r"results\.md needs the lines '<!-- begin"):
+        reproduce.write_page(page, RESULTS)
+
+
+# --- what Detectron2 prints ---------------------------------------------------------------------
+
+LOG = """\
+[01/01 00:00:00 d2.evaluation.evaluator]: Total inference time: 0:00:09 (0.1 s / iter per device)
+[01/01 00:00:00 d2.evaluation.evaluator]: Total inference pure compute time: 0:00:08 (0.080000 s / iter per device, on 2 devices)
+[01/01 00:00:00 d2.evaluation.testing]: copypaste: Task: bbox
+[01/01 00:00:00 d2.evaluation.testing]: copypaste: AP,AP50,AP75,APs,APm,APl
+[01/01 00:00:00 d2.evaluation.testing]: copypaste: 39.3123,60.0,42.0,22.0,43.0,51.0
+[01/01 00:00:00 d2.evaluation.testing]: copypaste: Task: segm
+[01/01 00:00:00 d2.evaluation.testing]: copypaste: AP,AP50,AP75,APs,APm,APl
+[01/01 00:00:00 d2.evaluation.testing]: copypaste: 35.8456,57.0,38.0,19.0,39.0,48.0
+"""  # noqa: E501
+
+
+def test_metrics_of_a_log():
+    assert reproduce.metrics(LOG) == {"box AP": 39.31, "mask AP": 35.85, "images/s": 12.5}
+    boxes_only = LOG[: LOG.index("copypaste: Task: segm")]
+    assert reproduce.metrics(boxes_only) == {"box AP": 39.31, "images/s": 12.5}
+
+
+def test_no_ap_is_no_result():
+    for log in ("", LOG.replace("39.3123", "nan")):
+        with pytest.raises(UserError, match="no AP"):
+            reproduce.metrics(log)
+
+
+# --- the program --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """A folder with a dataset, a folder with one checkpoint, and no more."""
+    folder = tmp_path_factory.mktemp("machine")
+    command = [sys.executable, "-m", "carafe_d2.data.shapes", "--root", folder / "datasets"]
+    subprocess.run([*command, "--train", "1", "--val", "12", "--size", "64"], check=True)
+    torch.manual_seed(0)
+    model = build_model(load_config(str(ROOT / CONFIG), ["MODEL.DEVICE", "cpu"]))
+    (folder / "checkpoints").mkdir()
+    torch.save({"model": model.state_dict()}, folder / "checkpoints" / "shapes.pth")
+    return folder
+
+
+# An address that nothing answers at.
+HOST = "http://127.0.0.1:9"
+
+
+def row(name, checkpoint="shapes.pth", config=CONFIG, overrides=(), training_config=CONFIG):
+    return {
+        "name": name,
+        "model": "Mask R-CNN w/ CARAFE",
+        "year": 2020,
+        "proposals": 100,
+        "config": config,
+        "overrides": [*SMALL, *overrides],
+        "training_config": training_config,
+        "checkpoint": f"{HOST}/{checkpoint}",
+        "published": {"box AP": 54.0, "mask AP": 41.3},
+        "measured": {"published": None, "trained": None},
+    }
+
+
+@pytest.fixture
+def run(machine, tmp_path):
+    """Runs the program on rows; returns its exit code, its output, the rows and the page."""
+
+    def run(rows, *arguments):
+        results, page = tmp_path / "results.json", tmp_path / "results.md"
+        results.write_text(json.dumps({"rows": rows}))
+        page.write_text(f"# Before\n{reproduce.BEGIN}\nold\n{reproduce.END}\n# After\n")
+        process = subprocess.run(
+            [
+                *(sys.executable, TOOL, "--results", results, "--output", tmp_path / "output"),
+                *("--checkpoints", machine / "checkpoints", *arguments),
+            ],
+            env={**os.environ, "DETECTRON2_DATASETS": str(machine / "datasets")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert "Traceback" not in process.stdout
+        rows = json.loads(results.read_text())["rows"]
+        return process.returncode, process.stdout, rows, page.read_text()
+
+    return run
+
+
+@pytest.mark.slow
+def test_rows_that_can_be_measured_are(run):
+    code, output, rows, page = run(
+        [
+            row("measured"),
+            row("without_dataset", config="configs/mask_rcnn_R50_FPN_carafe_1x.yaml"),
+            row("without_checkpoint", checkpoint="gone.pth"),
+            row("broken", overrides=["MODEL.CARAFE.UP_GROUP", "5"]),
+        ]
+    )
+    assert code == 0, output
+
+    result = rows[0]["measured"]["published"]
+    assert 0 <= result["mask AP"] <= 100
+    assert result["images/s"] > 0
+    assert {"box AP", "machine", "software", "date"} <= result.keys()
+    assert rows[0]["measured"]["trained"] is None
+    assert [r["measured"]["published"] for r in rows[1:]] == [None] * 3
+
+    figures = reproduce.figures(result)
+    assert page.startswith("# Before\n") and page.endswith("# After\n") and "old" not in page
+    cells = next(line for line in page.splitlines() if line.startswith("| [measured]")).split("|")
+    assert [cell.strip() for cell in cells[5:8]] == ["54.0 / 41.3", figures, "not measured"]
+    assert page.count("| not measured | not measured |") == 3
+
+    reasons = {
+        "measured": f"{re.escape(figures)}; published: 54.0 / 41.3",
+        "without_dataset": "not measured: dataset 'coco_2017_val': .*DETECTRON2_DATASETS",
+        "without_checkpoint": f"not measured: cannot fetch {HOST}/gone.pth .*--checkpoints",
+        "broken": "not measured: MODEL.CARAFE.UP_GROUP = 5 must divide",
+    }
+    for name, reason in reasons.items():
+        assert re.search(f"^{name}: {reason}", output, re.MULTILINE), output
+
+
+def test_nothing_to_measure_is_refused(run, tmp_path):
+    config = tmp_path / "never_trained.yaml"
+    config.write_text(f'_BASE_: "{ROOT / CONFIG}"\nOUTPUT_DIR: "{tmp_path / "never_trained"}"\n')
+    untrained = row("a", training_config=str(config))
+    code, output, rows, page = run([untrained], "--weights", "trained")
+    assert code == 1
+    assert re.search(r"^a: not measured: .*model_final.pth does not exist; python", output, re.M)
+    assert output.rstrip().endswith("error: no row could be measured, for the reasons above")
+    assert rows == [untrained]
+    assert "| not measured | not measured |" in page
+
+
+def test_unknown_row_is_named(run):
+    code, output, *_ = run([row("a"), row("b")], "--rows", "c")
+    assert code == 1
+    assert "error: there is no row 'c'; rows are a, b" in output
+
+
+def test_file_that_is_no_table_is_named(run):
+    code, output, *_ = run({"a": "b"})
+    assert code == 1
+    assert re.search(r"^error: .*results\.json holds no table of results", output, re.M)
