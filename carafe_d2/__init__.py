@@ -6,7 +6,7 @@ package registers the backbones, the mask head and the ``shapes`` dataset with i
 
 from importlib.util import find_spec
 
-from .ops import carafe, carafe_upsample
+from .ops import DECOMPOSITIONS, carafe, carafe_upsample, flop_count_ops
 from .reference import carafe_naive
 from .upsample import CARAFE, CARAFENaive, CARAFEPack, PixelShufflePack, build_upsampler
 from .version import __version__
@@ -15,12 +15,14 @@ __all__ = [
     "CARAFE",
     "CARAFENaive",
     "CARAFEPack",
+    "DECOMPOSITIONS",
     "PixelShufflePack",
     "__version__",
     "build_upsampler",
     "carafe",
     "carafe_naive",
     "carafe_upsample",
+    "flop_count_ops",
 ]
 
 _DETECTRON2_NAMES = [

@@ -7,16 +7,23 @@ Two operators, each on CPU and CUDA, differentiable once in both tensors:
   what the content encoder puts out. Keeps only its two inputs for the backward.
 
 Features and masks may differ in dtype among float32, float16 and bfloat16, so nothing has to be
-cast under autocast. The definition of both is in `carafe_d2.reference`.
+cast under autocast. The definition of both is in `carafe_d2.reference`; it runs in the operator's
+place where something has to see inside: ONNX export, `torch.func`, forward-mode derivatives.
 """
 
+import importlib
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["carafe", "carafe_upsample"]
+from .reference import carafe_naive, carafe_upsample_naive
+
+__all__ = ["DECOMPOSITIONS", "carafe", "carafe_upsample", "flop_count_ops"]
 
 _LIBRARY = Path(__file__).with_name("_C.so")
 _HOW_TO_BUILD = (
@@ -38,6 +45,26 @@ def _load_library() -> None:
 
 
 _load_library()
+
+DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {
+    torch.ops.carafe_d2.carafe.default: carafe_naive,
+    torch.ops.carafe_d2.carafe_upsample.default: carafe_upsample_naive,
+}
+"""The operators in PyTorch's own, for :meth:`torch.export.ExportedProgram.run_decompositions`."""
+
+_functorch_is_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def _call(operator: torch._ops.OpOverload, *arguments) -> Tensor:
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        # ONNX has no such operator; everything else that traces takes it as it is.
+        decompose = torch.onnx.is_in_onnx_export()
+    elif torch.compiler.is_compiling():
+        decompose = False
+    else:
+        # torch.func cannot transform it, and forward-mode derivatives would silently be zero.
+        decompose = _functorch_is_active() or getattr(forward_ad, "_current_level", -1) >= 0
+    return (DECOMPOSITIONS[operator] if decompose else operator)(*arguments)
 
 
 def carafe(
@@ -64,7 +91,8 @@ def carafe(
         RuntimeError: an argument has the wrong rank, dtype, device, shape or value; the message
             names it, what was expected and what came.
     """
-    return torch.ops.carafe_d2.carafe(features, masks, kernel_size, group_size, scale_factor)
+    operator = torch.ops.carafe_d2.carafe.default
+    return _call(operator, features, masks, kernel_size, group_size, scale_factor)
 
 
 def carafe_upsample(
@@ -88,9 +116,8 @@ def carafe_upsample(
     Raises:
         RuntimeError: as in `carafe`.
     """
-    return torch.ops.carafe_d2.carafe_upsample(
-        features, kernel_logits, kernel_size, group_size, scale_factor
-    )
+    operator = torch.ops.carafe_d2.carafe_upsample.default
+    return _call(operator, features, kernel_logits, kernel_size, group_size, scale_factor)
 
 
 # ------------------------------------------------------------------------ shapes: fake kernels
@@ -109,7 +136,7 @@ def _empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=_memory_format(tensor))
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
+def _check_tensor(name: str, tensor: Tensor, features: Tensor) -> None:
     torch._check(
         tensor.dim() == 4,
         lambda: (
@@ -123,6 +150,21 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
             f"{name}: expected dtype float64, float32, float16 or bfloat16, but got {tensor.dtype}"
         ),
     )
+    torch._check(
+        tensor.device == features.device,
+        lambda: (
+            f"{name}: expected a tensor on {features.device}, where features are, "
+            f"but got {tensor.device}"
+        ),
+    )
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple, reason: str = "") -> None:
+    for size, expected_size in zip(tensor.shape, expected, strict=True):
+        torch._check(
+            size == expected_size,
+            lambda: f"{name}: expected shape {expected}{reason}, but got {tuple(tensor.shape)}",
+        )
 
 
 def _check(
@@ -135,15 +177,8 @@ def _check(
     )
     torch._check(scale >= 1, lambda: f"scale_factor: expected at least 1, but got {scale}")
     torch._check(groups >= 1, lambda: f"group_size: expected at least 1, but got {groups}")
-    _check_tensor("features", features)
-    _check_tensor(name, kernels)
-    torch._check(
-        kernels.device == features.device,
-        lambda: (
-            f"{name}: expected a tensor on {features.device}, where features are, "
-            f"but got {kernels.device}"
-        ),
-    )
+    _check_tensor("features", features, features)
+    _check_tensor(name, kernels, features)
     torch._check(
         (features.dtype == torch.float64) == (kernels.dtype == torch.float64),
         lambda: (
@@ -158,15 +193,26 @@ def _check(
     )
     taps = groups * kernel_size**2
     fused = name == "kernel_logits"
-    expected = (n, taps * scale**2, h, w) if fused else (n, taps, h * scale, w * scale)
+    _check_shape(
+        name,
+        kernels,
+        (n, taps * scale**2, h, w) if fused else (n, taps, h * scale, w * scale),
+        f" for features of shape {tuple(features.shape)} with kernel_size {kernel_size}, "
+        f"group_size {groups} and scale_factor {scale}",
+    )
+
+
+def _check_grad_output(grad_output: Tensor, features: Tensor, scale: int) -> None:
+    _check_tensor("grad_output", grad_output, features)
     torch._check(
-        kernels.shape == expected,
+        grad_output.dtype == features.dtype,
         lambda: (
-            f"{name}: expected shape {expected} for features of shape {tuple(features.shape)} "
-            f"with kernel_size {kernel_size}, group_size {groups} and scale_factor {scale}, "
-            f"but got {tuple(kernels.shape)}"
+            f"grad_output: expected dtype {features.dtype} as features have, "
+            f"but got {grad_output.dtype}"
         ),
     )
+    n, c, h, w = features.shape
+    _check_shape("grad_output", grad_output, (n, c, h * scale, w * scale))
 
 
 def _upsampled(features: Tensor, scale: int) -> Tensor:
@@ -209,6 +255,7 @@ def _register(operator: str, kernels_name: str) -> None:
         kernels_grad,
     ):
         _check(features, kernels_name, kernels, kernel_size, group_size, scale_factor)
+        _check_grad_output(grad_output, features, scale_factor)
         return (
             _empty_like(features) if features_grad else features.new_empty(0),
             _empty_like(kernels) if kernels_grad else kernels.new_empty(0),
@@ -264,3 +311,25 @@ def _register(operator: str, kernels_name: str) -> None:
 
 _register("carafe", "masks")
 _register("carafe_upsample", "kernel_logits")
+
+
+def _multiply_adds(inputs: list, outputs: list) -> int:
+    """Cost of one node of a traced graph as fvcore counts it: a multiply-add is one."""
+    kernel_size = inputs[2].toIValue()
+    return math.prod(outputs[0].type().sizes()) * kernel_size**2
+
+
+flop_count_ops = {
+    "carafe_d2::carafe": _multiply_adds,
+    "carafe_d2::carafe_upsample": _multiply_adds,
+}
+"""For `fvcore.nn.FlopCountAnalysis(...).set_op_handle(**flop_count_ops)`.
+
+Needed only with an fvcore that lacks the table of defaults to which they are added here.
+"""
+
+try:
+    _fvcore = importlib.import_module("fvcore.nn.flop_count")
+    getattr(_fvcore, "_DEFAULT_SUPPORTED_OPS", {}).update(flop_count_ops)
+except ImportError:  # fvcore comes with Detectron2, which the operator does without
+    pass

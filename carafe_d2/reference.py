@@ -3,6 +3,8 @@
 Readable and slow. Runs on any device, and autograd differentiates it as often as you like.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,24 +37,14 @@ def carafe_naive(
         ValueError: a size or a value does not fit; the message names the argument.
     """
     _check(features, kernel_size, group_size, scale_factor)
-    n, c, h, w = features.shape
+    n, _, h, w = features.shape
     k, s = kernel_size, scale_factor
     expected = (n, group_size * k * k, s * h, s * w)
     if masks.shape != expected:
         raise ValueError(f"masks: expected shape {expected}, but got {tuple(masks.shape)}")
 
-    accumulate = torch.promote_types(features.dtype, torch.float32)
-    radius = k // 2
-    padded = F.pad(features.to(accumulate), [radius] * 4)
-    # (N, group, tap, 1, s*H, s*W): the same weights for all channels of a group
-    weights = masks.to(accumulate).view(n, group_size, k * k, 1, s * h, s * w)
-    out = features.new_zeros((n, group_size, c // group_size, s * h, s * w), dtype=accumulate)
-    for tap in range(k * k):
-        u, v = divmod(tap, k)
-        shifted = padded[:, :, u : u + h, v : v + w]  # features at (h + u - r, w + v - r)
-        nearest = shifted.repeat_interleave(s, dim=2).repeat_interleave(s, dim=3)
-        out = out + weights[:, :, tap] * nearest.reshape(out.shape)
-    return out.reshape(n, c, s * h, s * w).to(features.dtype)
+    weights = masks.reshape(n, group_size, k * k, h, s, w, s).permute(0, 1, 2, 4, 6, 3, 5)
+    return _reassemble(features, weights, k)
 
 
 def carafe_upsample_naive(
@@ -60,7 +52,8 @@ def carafe_upsample_naive(
 ) -> Tensor:
     """Kernel normalisation and reassembly (arXiv 1905.02188, sections 3.2 and 3.3).
 
-    Pixel shuffle of the logits, softmax over the k*k taps of each group, then `carafe_naive`.
+    The same as `carafe_naive` with the masks `softmax(pixel_shuffle(kernel_logits, s))`, the
+    softmax over the k*k taps of each group.
 
     Args:
         features: (N, C, H, W).
@@ -83,11 +76,37 @@ def carafe_upsample_naive(
         raise ValueError(
             f"kernel_logits: expected shape {expected}, but got {tuple(kernel_logits.shape)}"
         )
-    logits = kernel_logits.to(torch.promote_types(kernel_logits.dtype, torch.float32))
-    normalised = logits.reshape(n, group_size, k * k, s, s, h, w).softmax(dim=2)
+    logits = kernel_logits.to(_accumulation_dtype(kernel_logits))
+    weights = logits.reshape(n, group_size, k * k, s, s, h, w).softmax(dim=2)
+    return _reassemble(features, weights, k)
+
+
+def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _reassemble(features: Tensor, weights: Tensor, k: int) -> Tensor:
+    """Equation 4, one tap at a time.
+
+    Args:
+        features: (N, C, H, W).
+        weights: (N, group, k*k, s, s, H, W), for each source location those of its s x s output
+            pixels; the order that `torch.nn.functional.pixel_shuffle` undoes.
+    """
+    n, c, h, w = features.shape
+    group, _, s = weights.shape[1:4]
+    padded = F.pad(features.to(_accumulation_dtype(features)), [k // 2] * 4)
+    # The channels of a group share its weights, the s x s output pixels their source location.
+    padded = padded.reshape(n, group, c // group, 1, *padded.shape[2:])
+    weights = weights.to(padded.dtype).reshape(n, group, k * k, s * s, h, w)
+    taps = itertools.product(range(k), repeat=2)
+    out = sum(
+        weight * padded[..., u : u + h, v : v + w]  # the features at (h + u - r, w + v - r)
+        for (u, v), weight in zip(taps, weights.split(1, dim=2), strict=True)
+    )
     # F.pixel_shuffle, spelled out because its gradient fails for empty batches
-    masks = normalised.permute(0, 1, 2, 5, 3, 6, 4).reshape(n, group_size * k * k, s * h, s * w)
-    return carafe_naive(features, masks, kernel_size, group_size, scale_factor)
+    out = out.reshape(n, c, s, s, h, w).permute(0, 1, 4, 2, 5, 3)
+    return out.reshape(n, c, h * s, w * s).to(features.dtype)
 
 
 def _check(features: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> None:

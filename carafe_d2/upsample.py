@@ -4,12 +4,21 @@ Nothing here needs Detectron2.
 """
 
 from collections.abc import Callable
+from numbers import Integral
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .ops import carafe, carafe_upsample
 from .reference import carafe_naive
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or size < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+        if "kernel" in name and size % 2 == 0:
+            raise ValueError(f"{name} must be odd, got {size}")
 
 
 class CARAFE(nn.Module):
@@ -84,7 +93,7 @@ class CARAFEPack(nn.Module):
         compressed_channels: int = 64,
     ):
         super().__init__()
-        for name, value in {
+        sizes = {
             "channels": channels,
             "scale_factor": scale_factor,
             "up_kernel": up_kernel,
@@ -92,14 +101,12 @@ class CARAFEPack(nn.Module):
             "encoder_kernel": encoder_kernel,
             "encoder_dilation": encoder_dilation,
             "compressed_channels": compressed_channels,
-        }.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-            if name in ("up_kernel", "encoder_kernel") and value % 2 == 0:
-                raise ValueError(f"{name} must be odd, got {value}")
-            setattr(self, name, value)
+        }
+        _check_sizes(**sizes)
         if channels % up_group:
             raise ValueError(f"up_group must divide channels = {channels}, got {up_group}")
+        for name, value in sizes.items():
+            setattr(self, name, value)
 
         self.channel_compressor = nn.Conv2d(channels, compressed_channels, kernel_size=1)
         self.content_encoder = nn.Conv2d(
@@ -133,10 +140,14 @@ class PixelShufflePack(nn.Module):
 
     Shapes:
         (N, channels, H, W) gives (N, channels, scale_factor * H, scale_factor * W).
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
     """
 
     def __init__(self, channels: int, scale_factor: int, kernel_size: int = 3):
         super().__init__()
+        _check_sizes(channels=channels, scale_factor=scale_factor, kernel_size=kernel_size)
         self.scale_factor = scale_factor
         self.upsample_conv = nn.Conv2d(
             channels, channels * scale_factor**2, kernel_size, padding=(kernel_size - 1) // 2
@@ -151,13 +162,16 @@ class PixelShufflePack(nn.Module):
 def _deconv(channels: int, scale_factor: int, kernel_size: int = 3) -> nn.ConvTranspose2d:
     """A transposed convolution that puts out exactly ``scale_factor`` times the input's size."""
     padding = (kernel_size - scale_factor + 1) // 2
+    output_padding = 2 * padding + scale_factor - kernel_size
+    if padding < 0 or output_padding >= scale_factor:
+        raise ValueError(f"kernel_size {kernel_size} cannot upsample exactly by {scale_factor}")
     deconv = nn.ConvTranspose2d(
         channels,
         channels,
         kernel_size,
         stride=scale_factor,
         padding=padding,
-        output_padding=2 * padding + scale_factor - kernel_size,
+        output_padding=output_padding,
     )
     nn.init.xavier_uniform_(deconv.weight)
     nn.init.zeros_(deconv.bias)
@@ -192,4 +206,5 @@ def build_upsampler(name: str, channels: int, scale_factor: int = 2, **options) 
     """
     if name not in UPSAMPLERS:
         raise ValueError(f"upsampler must be one of {', '.join(UPSAMPLERS)}, got {name!r}")
+    _check_sizes(channels=channels, scale_factor=scale_factor)
     return UPSAMPLERS[name](channels, scale_factor, **options)

@@ -77,10 +77,13 @@ def test_operator_does_not_import_detectron2():
 
 @pytest.mark.parametrize("contents", [None, b"not a library"])
 def test_unusable_library_says_how_to_build(contents, tmp_path):
-    shutil.copy(carafe_d2.ops.__file__, tmp_path / "ops.py")
+    package = tmp_path / "copied"
+    package.mkdir()
+    for module in ("ops.py", "reference.py"):
+        shutil.copy(LIBRARY.with_name(module), package)
     if contents:
-        (tmp_path / "_C.so").write_bytes(contents)
-    result = run(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import ops")
+        (package / "_C.so").write_bytes(contents)
+    result = run(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import copied.ops")
     assert "ImportError: The compiled operator of carafe_d2" in result.stderr
     assert "pip install -e . --no-build-isolation" in result.stderr
 

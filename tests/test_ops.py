@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -52,9 +53,10 @@ class Case:
             kernels_shape = (n, taps * self.scale**2, h, w)
         generator = torch.Generator().manual_seed(0)
         return tuple(
-            self._arrange(torch.randn(shape, dtype=torch.float64, generator=generator))
-            .to(device, dtype)
-            .requires_grad_()
+            # the layout comes last: a change of dtype or device makes every tensor dense
+            self._arrange(
+                torch.randn(shape, dtype=torch.float64, generator=generator).to(device, dtype)
+            ).requires_grad_()
             for shape, dtype in (
                 (self.shape, self.dtype),
                 (kernels_shape, self.kernels_dtype or self.dtype),
@@ -73,11 +75,17 @@ class Case:
             return tensor.transpose(2, 3).contiguous().transpose(2, 3)
         if self.layout == "expanded":
             return tensor[:1].expand_as(tensor)
+        if self.layout == "broadcast":
+            return tensor[:1, :1, :1, :1].expand_as(tensor)
         return tensor
 
 
+def backward_of(operator):
+    return getattr(torch.ops.carafe_d2, f"{operator.__name__}_backward")
+
+
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "expanded"]
+LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "expanded", "broadcast"]
 BOTH = LAYOUTS[:2]
 
 CASES = [
@@ -141,13 +149,32 @@ def test_gradcheck(operator, reference, kernel, group, scale, layout, device):
     assert torch.autograd.gradcheck(lambda *tensors: operator(*tensors, *case.parameters), inputs)
 
 
+# Every dtype, mix, layout, kernel, group, scale and odd shape at least once: opcheck is slow.
 OPCHECK_CASES = [
     Case(dtype=F32),
-    Case(dtype=F32, layout="channels_last"),
-    Case(dtype=F16, kernels_dtype=F32),
+    Case((1, 2, 3, 5), kernel=1, scale=1, dtype=F64),
+    Case((2, 2, 3, 2), kernel=5, scale=3, dtype=F64, layout="channels_last"),
+    Case((1, 4, 5, 3), kernel=7, group=2, scale=4, dtype=F32, layout="channels_last"),
+    Case((2, 6, 3, 3), group=6, scale=1, dtype=BF16, layout="channels_last"),
+    Case((1, 6, 2, 3), kernel=5, group=3, dtype=F16),
+    Case((2, 4, 3, 3), dtype=F16, kernels_dtype=F32),
+    Case((2, 4, 3, 3), dtype=F32, kernels_dtype=F16, layout="channels_last"),
+    Case((1, 4, 3, 3), kernel=1, scale=3, dtype=BF16, kernels_dtype=F32, layout="channels_last"),
+    Case((1, 4, 3, 3), kernel=5, dtype=F32, kernels_dtype=BF16),
+    Case((1, 4, 3, 3), group=2, dtype=F16, kernels_dtype=BF16),
+    Case((1, 4, 3, 3), group=4, scale=1, dtype=BF16, kernels_dtype=F16, layout="sliced"),
+    Case((1, 1, 1, 1), kernel=7, scale=4, dtype=F32),
     Case((1, 4, 1, 1), kernel=5, group=2, dtype=F32, layout="channels_last"),
+    Case((2, 1, 3, 4), dtype=F32, layout="channels_last"),
+    Case((1, 3, 1, 5), kernel=5, dtype=F64, layout="channels_last"),
+    Case((1, 3, 5, 1), scale=3, dtype=BF16),
+    *(Case(dtype=F32, layout=layout) for layout in LAYOUTS[2:]),
+    Case(dtype=F16, layout="transposed"),
     Case((0, 6, 4, 5), dtype=F32),
-    Case(dtype=F32, layout="sliced"),
+    Case((0, 6, 4, 5), dtype=F16, kernels_dtype=F32, layout="channels_last"),
+    Case((2, 6, 0, 5), dtype=F32, layout="channels_last"),
+    Case((2, 6, 4, 0), scale=1, dtype=BF16),
+    Case((2, 0, 4, 5), dtype=F64),
 ]
 
 
@@ -156,15 +183,15 @@ OPCHECK_CASES = [
 @pytest.mark.parametrize("case", OPCHECK_CASES, ids=str)
 def test_opcheck(operator, reference, case, device):
     inputs = case.inputs(operator, device)
-    name = operator.__name__
-    forward = getattr(torch.ops.carafe_d2, name).default
-    backward = getattr(torch.ops.carafe_d2, f"{name}_backward").default
+    forward = getattr(torch.ops.carafe_d2, operator.__name__).default
     torch.library.opcheck(forward, (*inputs, *case.parameters))
 
     detached = [tensor.detach() for tensor in inputs]
     grad_output = torch.randn_like(forward(*detached, *case.parameters))
     for wanted in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(backward, (grad_output, *detached, *case.parameters, *wanted))
+        torch.library.opcheck(
+            backward_of(operator).default, (grad_output, *detached, *case.parameters, *wanted)
+        )
 
 
 @OPERATORS
@@ -173,8 +200,7 @@ def test_only_the_gradient_that_is_needed_is_computed(operator, reference):
     out = operator(features.detach(), kernels, *Case().parameters)
     (grad,) = torch.autograd.grad(out.sum(), kernels)
     assert grad.shape == kernels.shape
-    backward = getattr(torch.ops.carafe_d2, f"{operator.__name__}_backward")
-    skipped, grad_again = backward(
+    skipped, grad_again = backward_of(operator)(
         torch.ones_like(out), features.detach(), kernels.detach(), *Case().parameters, False, True
     )
     assert skipped.numel() == 0
@@ -250,13 +276,15 @@ def test_every_instruction_set(instruction_set):
 
 @OPERATORS
 @pytest.mark.parametrize("device", DEVICES)
-def test_autocast(operator, reference, device):
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_autocast(operator, reference, dtype, device):
     """Half features with the float32 masks that softmax gives under autocast, and the reverse."""
     features, kernels = Case((1, 4, 5, 5), dtype=F32).inputs(operator, device)
     weight = torch.randn(4, 4, 1, 1, device=device)
-    with torch.autocast(device, dtype=BF16):
+    with torch.autocast(device, dtype=dtype):
         half = torch.nn.functional.conv2d(features, weight)
-        for tensors in ((half, kernels), (features, kernels.to(BF16)), (half, kernels.to(BF16))):
+        assert half.dtype == dtype
+        for tensors in ((half, kernels), (features, kernels.to(dtype)), (half, kernels.to(dtype))):
             out = operator(*tensors, *Case().parameters)
             assert out.dtype == tensors[0].dtype
             expected = reference(*(t.double() for t in tensors), *Case().parameters)
@@ -266,12 +294,29 @@ def test_autocast(operator, reference, device):
 
 
 @OPERATORS
+@pytest.mark.parametrize("layout", BOTH)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_allocates_nothing_but_results(operator, reference, dtype, layout):
+    """Of what PyTorch's allocator sees, neither masks nor a copy of anything."""
+    case = Case((1, 32, 16, 16), kernel=5, dtype=dtype, layout=layout)
+    inputs = case.inputs(operator)
+    grad_output = torch.empty_like(operator(*inputs, *case.parameters))
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        out = operator(*inputs, *case.parameters)
+        grads = torch.autograd.grad(out, inputs, grad_output)
+    results = sorted(tensor.nbytes for tensor in (out, *grads))
+    allocated = [event.self_cpu_memory_usage for event in profiler.events()]
+    assert sorted(size for size in allocated if size > results[0] // 8) == results
+
+
+@OPERATORS
 def test_compiles_into_one_graph_with_dynamic_shapes(operator, reference):
     compiled = torch.compile(operator, fullgraph=True, dynamic=True, backend="aot_eager")
-    for shape in ((2, 6, 4, 5), (1, 6, 7, 3)):
+    for stance, shape in (("default", (2, 6, 4, 5)), ("fail_on_recompile", (3, 6, 7, 3))):
         case = Case(shape, dtype=F32)
         inputs = case.inputs(operator)
-        out = compiled(*inputs, *case.parameters)
+        with torch.compiler.set_stance(stance):
+            out = compiled(*inputs, *case.parameters)
         torch.testing.assert_close(out, operator(*inputs, *case.parameters))
         torch.autograd.grad(out.sum(), inputs)
 
@@ -285,6 +330,27 @@ def test_flops_are_counted(operator, reference):
         out.sum().backward()
     assert forward == 2 * out.numel() * Case().kernel ** 2
     assert counter.get_total_flops() == 3 * forward
+
+
+class Reassembly(torch.nn.Module):
+    """An operator as a module, for tools that take modules."""
+
+    def __init__(self, operator, parameters):
+        super().__init__()
+        self.operator, self.parameters_ = operator, parameters
+
+    def forward(self, features, kernels):
+        return self.operator(features, kernels, *self.parameters_)
+
+
+@OPERATORS
+def test_fvcore_counts_a_multiply_add_as_one(operator, reference):
+    fvcore = pytest.importorskip("fvcore.nn")
+    case = Case(kernel=5, group=2, scale=3, dtype=F32)
+    inputs = tuple(tensor.detach() for tensor in case.inputs(operator))
+    analysis = fvcore.FlopCountAnalysis(Reassembly(operator, case.parameters), inputs)
+    assert analysis.by_operator() == {operator.__name__: 2 * 6 * (4 * 3) * (5 * 3) * 5**2}
+    assert not analysis.unsupported_ops()
 
 
 def zeros(*shape, **options) -> Tensor:
@@ -317,6 +383,11 @@ WRONG_INPUT = {
     "kernel -1": ({"kernel_size": -1}, "kernel_size: expected a positive odd number, but got -1"),
     "other kernel": ({"kernel_size": 3}, "expected shape.*kernel_size 3.*but got"),
     "huge kernel": ({"kernel_size": 2**40 + 1}, "expected shape.*but got"),
+    "huge scale": ({"scale_factor": 2**62}, "expected shape.*but got"),
+    "huge group": (
+        {"features": zeros(1, 0, 5, 5), "group_size": 2**62},
+        "expected shape.*but got",
+    ),
     "scale": ({"scale_factor": 0}, "scale_factor: expected at least 1, but got 0"),
     "other scale": ({"scale_factor": 3}, "expected shape.*scale_factor 3.*but got"),
     "group": ({"group_size": 3}, "group_size: expected a divisor of the 4 channels.*but got 3"),
@@ -325,10 +396,8 @@ WRONG_INPUT = {
 }
 
 
-@OPERATORS
-@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize(("changes", "message"), WRONG_INPUT.values(), ids=WRONG_INPUT)
-def test_wrong_input_names_the_argument(operator, reference, changes, message, device):
+def arguments_with(changes: dict, operator, device: str = "cpu") -> list:
+    """Arguments of a valid call but for `changes`."""
     arguments = {
         "features": zeros(1, 4, 5, 5),
         "kernels": zeros(1, 25, 10, 10) if operator is carafe else zeros(1, 100, 5, 5),
@@ -336,9 +405,53 @@ def test_wrong_input_names_the_argument(operator, reference, changes, message, d
         "group_size": 1,
         "scale_factor": 2,
     } | changes
-    arguments = [a.to(device) if isinstance(a, Tensor) else a for a in arguments.values()]
+    return [a.to(device) if isinstance(a, Tensor) else a for a in arguments.values()]
+
+
+@OPERATORS
+@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("changes", "message"), WRONG_INPUT.values(), ids=WRONG_INPUT)
+def test_wrong_input_names_the_argument(operator, reference, changes, message, device):
+    arguments = arguments_with(changes, operator, device)
     with pytest.raises(RuntimeError, match=message):
         operator(*arguments)
+    with pytest.raises(RuntimeError, match=message):
+        backward_of(operator)(zeros(1, 4, 10, 10, device=device), *arguments, True, True)
+
+
+with warnings.catch_warnings():  # some of these are prototypes, some on their way out
+    warnings.simplefilter("ignore")
+    # what PyTorch's dispatcher refuses before it comes to the operator
+    FOREIGN_INPUT = {
+        "sparse features": ({"features": zeros(1, 4, 5, 5).to_sparse()}, "SparseCPU"),
+        "sparse kernels": ({"kernels": zeros(1, 25, 10, 10).to_sparse()}, "SparseCPU"),
+        "quantised features": (
+            {"features": torch.quantize_per_tensor(zeros(1, 4, 5, 5), 1.0, 0, torch.quint8)},
+            "QuantizedCPU",
+        ),
+        "nested features": (
+            {"features": torch.nested.nested_tensor([zeros(4, 5, 5), zeros(4, 6, 5)])},
+            "NestedTensorCPU",
+        ),
+        "an array": ({"features": zeros(1, 4, 5, 5).numpy()}, "argument 'features'.*'ndarray'"),
+        "no features": ({"features": None}, "features: expected a tensor"),
+        "kernel 5.0": ({"kernel_size": 5.0}, "argument 'kernel_size'.*'float'"),
+        "kernel '5'": ({"kernel_size": "5"}, "argument 'kernel_size'.*'str'"),
+        "kernel None": ({"kernel_size": None}, "argument 'kernel_size'.*'NoneType'"),
+        "group 1.0": ({"group_size": 1.0}, "argument 'group_size'.*'float'"),
+        "scale 2.0": ({"scale_factor": 2.0}, "argument 'scale_factor'.*'float'"),
+        "beyond int64": ({"kernel_size": 2**63 + 1}, "argument 'kernel_size'"),
+    }
+
+
+@OPERATORS
+@pytest.mark.parametrize(("changes", "message"), FOREIGN_INPUT.values(), ids=FOREIGN_INPUT)
+def test_foreign_input_is_refused(operator, reference, changes, message):
+    arguments = arguments_with(changes, operator)
+    with pytest.raises(RuntimeError, match=message):
+        operator(*arguments)
+    with pytest.raises(RuntimeError, match=message):
+        backward_of(operator)(zeros(1, 4, 10, 10), *arguments, True, True)
 
 
 @OPERATORS
@@ -357,16 +470,28 @@ def test_features_on_gpu_with_kernels_on_cpu_are_refused(operator, reference):
 
 
 @OPERATORS
-def test_wrong_output_gradient_is_refused(operator, reference):
-    inputs = [tensor.detach() for tensor in Case().inputs(operator)]
-    backward = getattr(torch.ops.carafe_d2, f"{operator.__name__}_backward")
-    for grad_output, message in (
+@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("grad_output", "message"),
+    [
         (zeros(2, 6, 8, 9, dtype=F64), r"grad_output: expected shape \(2, 6, 8, 10\)"),
         (zeros(2, 6, 8, 10), "grad_output: expected dtype"),
+        (zeros(2, 6, 8, 10, dtype=torch.int64), "grad_output: expected dtype"),
         (zeros(6, 8, 10, dtype=F64), "grad_output: expected a tensor of rank 4"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            backward(grad_output, *inputs, *Case().parameters, True, True)
+    ],
+)
+def test_wrong_output_gradient_is_refused(operator, reference, grad_output, message, device):
+    inputs = [tensor.detach() for tensor in Case().inputs(operator, device)]
+    with pytest.raises(RuntimeError, match=message):
+        backward_of(operator)(grad_output.to(device), *inputs, *Case().parameters, True, True)
+
+
+@OPERATORS
+def test_output_gradient_on_another_device_is_refused(operator, reference):
+    inputs = [tensor.detach() for tensor in Case().inputs(operator)]
+    grad_output = zeros(2, 6, 8, 10, dtype=F64, device="meta")
+    with pytest.raises(RuntimeError, match="grad_output: expected a tensor on"):
+        backward_of(operator)(grad_output, *inputs, *Case().parameters, True, True)
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])

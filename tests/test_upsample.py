@@ -1,12 +1,17 @@
 import copy
+import functools
+import io
 import pickle
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import carafe_d2
 from carafe_d2 import CARAFE, CARAFENaive, CARAFEPack, build_upsampler
+from carafe_d2.upsample import UPSAMPLERS
 
 
 def test_modules_call_their_operators():
@@ -53,14 +58,100 @@ def test_pack_parameter_names_and_shapes_are_those_of_mmcv():
     }
 
 
-def test_pack_survives_deepcopy_and_pickle():
-    pack = CARAFEPack(4, 2)
-    x = torch.randn(1, 4, 3, 3)
-    for clone in (copy.deepcopy(pack), pickle.loads(pickle.dumps(pack))):
-        assert torch.equal(clone(x), pack(x))
+MODULES = {
+    "CARAFE": (lambda: CARAFE(3, 2, 2), [(2, 4, 5, 6), (2, 18, 10, 12)]),
+    "CARAFENaive": (lambda: CARAFENaive(3, 2, 2), [(2, 4, 5, 6), (2, 18, 10, 12)]),
+    **{name: (functools.partial(build_upsampler, name, 4), [(2, 4, 5, 6)]) for name in UPSAMPLERS},
+}
+EVERY_MODULE = pytest.mark.parametrize(("build", "shapes"), MODULES.values(), ids=MODULES)
 
 
-@pytest.mark.parametrize("name", ["carafe", "nearest", "bilinear", "deconv", "pixel_shuffle"])
+def through_torch_save(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@EVERY_MODULE
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch_save]
+)
+def test_every_module_can_be_copied(build, shapes, clone):
+    module = build()
+    tensors = [torch.randn(shape) for shape in shapes]
+    assert torch.equal(clone(module)(*tensors), module(*tensors))
+
+
+@EVERY_MODULE
+def test_every_module_runs_on_the_meta_device(build, shapes):
+    with torch.device("meta"):
+        module = build()
+        tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+        out = module(*tensors)
+    assert out.is_meta
+    assert out.shape == (2, 4, 10, 12)
+    out.sum().backward()
+    for tensor in (*tensors, *module.parameters()):
+        assert tensor.grad.is_meta
+        assert tensor.grad.shape == tensor.shape
+
+
+def lively_pack() -> CARAFEPack:
+    """In double precision, and with kernels that are far from uniform."""
+    torch.manual_seed(0)
+    pack = CARAFEPack(4, 2, compressed_channels=8).double()
+    torch.nn.init.normal_(pack.content_encoder.weight)
+    return pack
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradients_with_checkpointing(use_reentrant):
+    pack, x = lively_pack(), torch.randn(2, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    tensors = (x, *pack.parameters())
+    expected = torch.autograd.grad(pack(x).square().sum(), tensors)
+    checkpoint(pack, x, use_reentrant=use_reentrant).square().sum().backward()
+    for tensor, grad in zip(tensors, expected, strict=True):
+        assert torch.equal(tensor.grad, grad)
+
+
+def test_functional_transforms():
+    """torch.func: functional_call, grad, vmap of both, and jvp."""
+    pack, x = lively_pack(), torch.randn(3, 4, 5, 6, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in pack.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(pack, parameters, (x,)).square().sum()
+
+    assert torch.equal(loss(parameters, x), pack(x).square().sum())
+    grads = torch.func.grad(loss)(parameters, x)
+    pack(x).square().sum().backward()
+    for name, p in pack.named_parameters():
+        torch.testing.assert_close(grads[name], p.grad)
+
+    samples = x.unsqueeze(1)
+    torch.testing.assert_close(torch.func.vmap(pack)(samples).squeeze(1), pack(x))
+    sample_grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, samples)
+    for name, grad in grads.items():
+        torch.testing.assert_close(sample_grads[name].sum(0), grad)
+
+    direction = torch.randn_like(x)
+    _, derivative = torch.func.jvp(lambda x: loss(parameters, x), (x,), (direction,))
+    torch.testing.assert_close(
+        derivative, (torch.func.grad(loss, argnums=1)(parameters, x) * direction).sum()
+    )
+
+
+def test_forward_mode_derivatives():
+    pack, x = lively_pack(), torch.randn(1, 4, 5, 6, dtype=torch.float64)
+    direction, step = torch.randn_like(x), 1e-6
+    with forward_ad.dual_level():
+        derivative = forward_ad.unpack_dual(pack(forward_ad.make_dual(x, direction))).tangent
+    difference = (pack(x + step * direction) - pack(x - step * direction)) / (2 * step)
+    torch.testing.assert_close(derivative, difference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", UPSAMPLERS)
 @pytest.mark.parametrize("scale", [2, 3])
 def test_every_upsampler_scales_exactly_and_trains(name, scale):
     upsampler = build_upsampler(name, 8, scale)
@@ -79,18 +170,55 @@ def test_deconvolution_kernels(kernel_size):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "message"),
     [
-        ({"up_kernel": 4}, "up_kernel"),
-        ({"encoder_kernel": 2}, "encoder_kernel"),
-        ({"up_group": 3}, "up_group"),
-        ({"compressed_channels": 0}, "compressed_channels"),
-        ({"scale_factor": 0}, "scale_factor"),
+        ({"up_kernel": 4}, "up_kernel must be odd, got 4"),
+        ({"up_kernel": -1}, "up_kernel must be an integer of at least 1, got -1"),
+        ({"encoder_kernel": 2}, "encoder_kernel must be odd, got 2"),
+        ({"encoder_dilation": 0}, "encoder_dilation must be an integer of at least 1, got 0"),
+        ({"up_group": 3}, "up_group must divide channels = 8, got 3"),
+        ({"up_group": 0}, "up_group must be an integer of at least 1, got 0"),
+        ({"compressed_channels": 0}, "compressed_channels must be an integer of at least 1"),
+        ({"channels": 0}, "channels must be an integer of at least 1, got 0"),
+        ({"scale_factor": 0}, "scale_factor must be an integer of at least 1, got 0"),
+        ({"scale_factor": 2.0}, r"scale_factor must be an integer of at least 1, got 2\.0"),
+        ({"scale_factor": "2"}, "scale_factor must be an integer of at least 1, got '2'"),
+        ({"up_kernel": None}, "up_kernel must be an integer of at least 1, got None"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, named):
-    with pytest.raises(ValueError, match=named):
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
         CARAFEPack(**{"channels": 8, "scale_factor": 2, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "nearest", "channels": 0}, "channels must be an integer of at least 1, got 0"),
+        ({"name": "bilinear", "scale_factor": 1.5}, r"scale_factor must be an integer.* got 1\.5"),
+        ({"name": "deconv", "kernel_size": 0}, "kernel_size 0 cannot upsample exactly by 2"),
+        ({"name": "deconv", "scale_factor": 5}, "kernel_size 3 cannot upsample exactly by 5"),
+        ({"name": "pixel_shuffle", "kernel_size": 4}, "kernel_size must be odd, got 4"),
+    ],
+)
+def test_wrong_arguments_of_other_upsamplers_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build_upsampler(**{"channels": 8, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("module", "shapes", "message"),
+    [
+        (CARAFE(4, 1, 2), [(1, 4, 5, 5), (1, 16, 10, 10)], "kernel_size: expected a positive odd"),
+        (CARAFE(3, 3, 2), [(1, 4, 5, 5), (1, 27, 10, 10)], "group_size: expected a divisor"),
+        (CARAFE(3, 1, 2), [(1, 4, 5, 5), (1, 9, 5, 5)], r"masks: expected shape \(1, 9, 10, 10\)"),
+        (CARAFE(3, 1, 2), [(4, 5, 5), (9, 10, 10)], "features: expected a tensor of rank 4"),
+        (CARAFEPack(4, 2), [(4, 5, 5)], "features: expected a tensor of rank 4"),
+    ],
+)
+def test_modules_refuse_wrong_input(module, shapes, message):
+    with pytest.raises(RuntimeError, match=message):
+        module(*(torch.zeros(shape) for shape in shapes))
 
 
 def test_unknown_upsampler_is_named():

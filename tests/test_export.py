@@ -1,0 +1,246 @@
+"""What PyTorch's tracers make of the upsampler: torch.compile, torch.export and ONNX."""
+
+import copy
+import io
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_backbone
+from torch.export import Dim
+
+from carafe_d2 import CARAFE, CARAFEPack, add_carafe_config
+from carafe_d2.ops import DECOMPOSITIONS
+
+ANY_SIZE = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}  # batch, height and width
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def with_lively_kernels(model: torch.nn.Module) -> torch.nn.Module:
+    """Fresh CARAFE kernels are all but uniform; these are not."""
+    for module in model.modules():
+        if isinstance(module, CARAFEPack):
+            torch.nn.init.normal_(module.content_encoder.weight, std=0.3)
+    return model.eval()
+
+
+def pack(**options) -> CARAFEPack:
+    return with_lively_kernels(CARAFEPack(8, **{"scale_factor": 2, **options}))
+
+
+def pyramid() -> torch.nn.Module:
+    cfg = get_cfg()
+    add_carafe_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_carafe_fpn_backbone"
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.OUT_CHANNELS = 8
+    cfg.MODEL.CARAFE.UP_KERNEL = 3
+    cfg.MODEL.CARAFE.COMPRESSED_CHANNELS = 8
+    return with_lively_kernels(build_backbone(cfg))
+
+
+class SomeOf(torch.nn.Module):
+    """Upsamples as many maps as a mask selects, as mask heads do for the instances found."""
+
+    def __init__(self):
+        super().__init__()
+        self.upsample = pack(up_kernel=3)
+
+    def forward(self, x, keep):
+        return self.upsample(x[keep])
+
+
+# ------------------------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_trains_compiled_without_recompiling(backend, device):
+    # Inductor of older versions compiles plain convolutions for one size, on CPUs.
+    fixed_size = backend == "inductor" and torch.__version__ < "2.15"
+    torch.compiler.reset()
+    eager = pack().to(device, torch.float64)
+    module = copy.deepcopy(eager)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
+    for stance, size in (("default", (2, 8, 6, 5)), ("fail_on_recompile", (3, 8, 4, 9))):
+        x = torch.randn(size, dtype=torch.float64, device=device).requires_grad_()
+        x_compiled = x.detach().clone().requires_grad_()
+        out = eager(x)
+        with torch.compiler.set_stance("default" if fixed_size else stance):
+            out_compiled = compiled(x_compiled)
+        torch.testing.assert_close(out_compiled, out)
+        out.square().sum().backward()
+        out_compiled.square().sum().backward()
+        torch.testing.assert_close(x_compiled.grad, x.grad)
+    for ours, expected in zip(module.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad)
+
+
+def test_compiles_with_a_batch_that_depends_on_data():
+    model = SomeOf()
+    x = torch.randn(4, 8, 5, 6)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for keep in ([True, False, True, True], [False, False, True, False], [False] * 4):
+            keep = torch.tensor(keep)
+            torch.testing.assert_close(compiled(x, keep), model(x, keep))
+
+
+# -------------------------------------------------------------------------------- torch.export
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_upsampler_exports_with_the_operator_as_one_node(strict):
+    model = pack()
+    program = torch.export.export(
+        model, (torch.randn(2, 8, 5, 6),), dynamic_shapes=(ANY_SIZE,), strict=strict
+    )
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert calls[-1] is torch.ops.carafe_d2.carafe_upsample.default
+
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for size in ((2, 8, 5, 6), (1, 8, 9, 4), (3, 8, 1, 1)):
+        x = torch.randn(size)
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_pyramid_exports_for_any_padded_image_size():
+    """Detectron2 pads images to the pyramid's size divisibility, here to multiples of 64."""
+    model = pyramid()
+    height, width = (model.size_divisibility * Dim(name, min=2) for name in ("rows", "columns"))
+    program = torch.export.export(
+        model,
+        (torch.randn(2, 3, 128, 192),),
+        dynamic_shapes=({0: Dim.DYNAMIC, 2: height, 3: width},),
+    )
+    x = torch.randn(1, 3, 256, 128)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_exports_with_a_batch_that_depends_on_data():
+    model, x = SomeOf(), torch.randn(4, 8, 5, 6)
+    keep = torch.tensor([True, False, True, True])
+    program = torch.export.export(model, (x, keep))
+    for chosen in (keep, ~keep, keep & ~keep):
+        torch.testing.assert_close(program.module()(x, chosen), model(x, chosen))
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (pack(), [torch.randn(2, 8, 5, 6)]),
+        (CARAFE(3, 2, 2).eval(), [torch.randn(2, 4, 5, 6), torch.randn(2, 18, 10, 12)]),
+    ],
+    ids=["fused", "plain"],
+)
+def test_decompositions_replace_the_operator(model, inputs):
+    program = torch.export.export(model, tuple(inputs)).run_decompositions(DECOMPOSITIONS)
+    assert not {node.target for node in program.graph.nodes} & DECOMPOSITIONS.keys()
+    torch.testing.assert_close(program.module()(*inputs), model(*inputs))
+
+
+# ---------------------------------------------------------------------------------------- ONNX
+
+
+def check_onnx(model, inputs, other_inputs=(), **options) -> None:
+    """Exports with plain ``torch.onnx.export`` and runs the file in ONNX Runtime."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    file = torch.onnx.export(model, inputs, verbose=False, **options).model_proto
+    onnx.checker.check_model(file, full_check=True)
+    assert {node.domain for node in file.graph.node} == {""}  # the standard operators
+    assert not file.functions
+
+    providers = ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(file.SerializeToString(), providers=providers)
+    names = [argument.name for argument in session.get_inputs()]
+    for tensors in (inputs, *other_inputs):
+        with torch.no_grad():
+            expected = model(*tensors)
+        expected = list(expected.values()) if isinstance(expected, dict) else [expected]
+        arrays = [tensor.numpy() for tensor in tensors]
+        outputs = session.run(None, dict(zip(names, arrays, strict=True)))
+        for output, tensor in zip(outputs, expected, strict=True):
+            assert output.shape == tensor.shape
+            error = (torch.from_numpy(output) - tensor).norm()
+            assert error <= (1e-2 if tensor.dtype == torch.float16 else 1e-4) * tensor.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"scale_factor": 3, "up_kernel": 3, "up_group": 2}],
+    ids=["default", "grouped"],
+)
+def test_upsampler_in_onnx(options):
+    others = [(torch.randn(1, 8, 9, 4),), (torch.randn(3, 8, 1, 1),)]
+    check_onnx(pack(**options), (torch.randn(2, 8, 5, 6),), others, dynamic_shapes=(ANY_SIZE,))
+
+
+@pytest.mark.slow
+def test_half_precision_upsampler_in_onnx():
+    check_onnx(pack(up_kernel=3).half(), (torch.randn(1, 8, 5, 6).half(),))
+
+
+@pytest.mark.slow
+def test_plain_operator_in_onnx():
+    check_onnx(
+        CARAFE(3, 2, 2).eval(),
+        (torch.randn(2, 4, 5, 6), torch.randn(2, 18, 10, 12)),
+        [(torch.randn(1, 4, 3, 7), torch.randn(1, 18, 6, 14))],
+        dynamic_shapes=(ANY_SIZE, ANY_SIZE),
+    )
+
+
+@pytest.mark.slow
+def test_mask_head_like_batch_in_onnx():
+    x, keep = torch.randn(4, 8, 5, 6), torch.tensor([True, False, True, True])
+    check_onnx(SomeOf().eval(), (x, keep), [(x, keep & ~keep)])
+
+
+@pytest.mark.slow
+def test_pyramid_in_onnx():
+    """Five levels of a ResNet, for any image: sides that are no multiple of 64 are cropped."""
+    check_onnx(
+        pyramid(),
+        (torch.randn(2, 3, 64, 128),),
+        [(torch.randn(1, 3, 128, 64),), (torch.randn(1, 3, 72, 100),)],
+        dynamic_shapes=(ANY_SIZE,),
+        output_names=["p2", "p3", "p4", "p5", "p6"],
+    )
+
+
+@pytest.mark.slow
+def test_decomposed_program_in_onnx():
+    """An ExportedProgram holds the operator itself; its decomposition makes it ONNX's."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, x = pack(up_kernel=3), torch.randn(2, 8, 5, 6)
+    program = torch.export.export(model, (x,)).run_decompositions(DECOMPOSITIONS)
+    file = torch.onnx.export(program, verbose=False).model_proto
+    session = onnxruntime.InferenceSession(file.SerializeToString())
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # that it is deprecated, and of tracing
+def test_upsampler_in_onnx_by_the_torchscript_exporter(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    model, x, path = pack(), torch.randn(2, 8, 5, 6), tmp_path / "pack.onnx"
+    torch.onnx.export(model, x, path, dynamo=False)
+    session = onnxruntime.InferenceSession(path)
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(output), model(x), rtol=1e-4, atol=1e-5)
