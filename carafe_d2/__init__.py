@@ -13,9 +13,9 @@ from .version import __version__
 
 __all__ = [
     "CARAFE",
+    "DECOMPOSITIONS",
     "CARAFENaive",
     "CARAFEPack",
-    "DECOMPOSITIONS",
     "PixelShufflePack",
     "__version__",
     "build_upsampler",
