@@ -104,6 +104,9 @@ CASES = [
     Case((1, 2, 3, 3), kernel=9),
     Case((2, 40, 13, 21), kernel=5, dtype=F32),
     Case((2, 40, 13, 21), kernel=5, group=2, dtype=F32, layout="channels_last"),
+    # more than 8 MiB of output, which the CPU writes past its caches where lines are whole
+    *(Case((1, 48, h, 97), kernel=3, dtype=F32, layout=m) for h in (120, 121) for m in BOTH),
+    Case((1, 48, 120, 97), kernel=3, dtype=BF16),
     Case((3, 37, 7, 35), kernel=3, dtype=F32),
     Case((3, 37, 7, 35), kernel=3, dtype=F32, layout="channels_last"),
     *(Case(s, dtype=F32) for s in ((0, 6, 4, 5), (2, 6, 0, 5), (2, 6, 4, 0), (2, 0, 4, 5))),

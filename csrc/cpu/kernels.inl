@@ -121,7 +121,7 @@ void load_transposed(A* target, int64_t target_row, const T* source, int64_t col
 }
 
 // target[i + j * column] = source[i * source_row + j] for up to a vector of rows i and of columns j.
-template <typename A, typename T>
+template <bool Streaming = false, typename A, typename T>
 void store_transposed(const A* source, int64_t source_row, T* target, int64_t column, int64_t rows,
                       int64_t columns) {
   constexpr int64_t kFull = kLanes<A>;
@@ -133,7 +133,13 @@ void store_transposed(const A* source, int64_t source_row, T* target, int64_t co
   transpose<A>(square);
   if (rows == kFull && columns == kFull) {
     CARAFE_UNROLL
-    for (int64_t j = 0; j < kFull; ++j) store(target + j * column, square[j]);
+    for (int64_t j = 0; j < kFull; ++j) {
+      if constexpr (Streaming) {
+        stream(target + j * column, square[j]);
+      } else {
+        store(target + j * column, square[j]);
+      }
+    }
   } else {
     CARAFE_UNROLL
     for (int64_t j = 0; j < kFull; ++j) {
@@ -205,6 +211,43 @@ void store_matrix(const A* source, int64_t source_row, const Matrix& target, int
       }
     }
   });
+}
+
+// `store_matrix` past the caches where whole, aligned vectors are written: the target is not read
+// before it is overwritten, and what is in the caches stays there. Of adjacent rows or columns.
+inline void stream_matrix(const float* source, int64_t source_row, const Matrix& target,
+                          int64_t rows, int64_t columns) {
+  constexpr int64_t kFull = kLanes<float>;
+  float* elements = static_cast<float*>(target.data) + target.offset;
+  const int64_t stride = target.column == 1 ? target.row : target.column;
+  const int64_t misaligned = reinterpret_cast<uintptr_t>(elements) / sizeof(float) % kFull;
+  const bool is_stream = target.type == Type::kFloat && stride % kFull == 0;
+  if (is_stream && target.column == 1 && misaligned == 0 && columns % kFull == 0) {
+    for (int64_t i = 0; i < rows; ++i, source += source_row, elements += stride) {
+      for (int64_t j = 0; j < columns; j += kFull) stream(elements + j, load(source + j));
+    }
+  } else if (is_stream && target.row == 1 && columns % kFull == 0) {
+    const int64_t lead = minimum((kFull - misaligned) % kFull, rows);
+    for (int64_t j = 0; j < columns; j += kFull, elements += kFull * stride, source += kFull) {
+      if (lead > 0) store_transposed(source, source_row, elements, stride, lead, kFull);
+      int64_t i = lead;
+      for (; i + kFull <= rows; i += kFull) {
+        store_transposed<true>(source + i * source_row, source_row, elements + i, stride, kFull,
+                               kFull);
+      }
+      if (i < rows) {
+        store_transposed(source + i * source_row, source_row, elements + i, stride, rows - i,
+                         kFull);
+      }
+    }
+  } else {
+    store_matrix(source, source_row, target, rows, columns);
+  }
+}
+
+inline void stream_matrix(const double* source, int64_t source_row, const Matrix& target,
+                          int64_t rows, int64_t columns) {
+  store_matrix(source, source_row, target, rows, columns);
 }
 
 // -------------------------------------------------------------------------------------- buffers
@@ -323,21 +366,19 @@ struct FeatureRing : Ring<A> {
   }
 };
 
-// The output pixels, or their gradients, of a few source pixels:
+// The output pixels, or their gradients, of `step` adjacent source pixels:
 // data[block][dy][s * column + dx][channel].
 template <typename A>
 struct OutputTile {
   Blocks<A> blocks;
-  int64_t scale;
-  int64_t step;  // source pixels: enough for a vector of adjacent output pixels
-  int64_t row_size, block_size;
+  int64_t scale, step, row_size, block_size;
   A* data;
   int64_t* offsets;  // of subpixel p
 
-  OutputTile(const Shape& shape, int64_t block_count, Arena& arena)
+  OutputTile(const Shape& shape, int64_t step, int64_t block_count, Arena& arena)
       : blocks(shape),
         scale(shape.scale),
-        step(maximum(1, kLanes<A> / scale)),
+        step(step),
         row_size(step * scale * blocks.size),
         block_size(scale * row_size),
         data(arena.take<A>(block_count * block_size)),
@@ -361,28 +402,38 @@ struct OutputTile {
     }
   }
 
-  void store_only_block(int64_t block, const Map& map, const Row& at, int64_t w,
-                        int64_t count) const {
+  // Of a tile with room for one block.
+  void store_only_block(int64_t block, const Map& map, const Row& at, int64_t w, int64_t count,
+                        bool is_large) const {
+    void (*store)(const A*, int64_t, const Matrix&, int64_t, int64_t) = store_matrix<A>;
+    if (is_large) store = stream_matrix;
     for (int64_t dy = 0; dy < scale; ++dy) {
-      store_matrix(pixel(0, 0) + dy * row_size, blocks.size,
-                   pixels_of(map, blocks, at, block, at.h * scale + dy, w * scale), count * scale,
-                   blocks.channels_of(block));
+      store(pixel(0, 0) + dy * row_size, blocks.size,
+            pixels_of(map, blocks, at, block, at.h * scale + dy, w * scale), count * scale,
+            blocks.channels_of(block));
     }
   }
 };
 
-// The reassembly kernels, or their gradients, of one tile of source pixels: data[t][p][lane].
+// The reassembly kernels, or their gradients, of a tile of source pixels: data[t][p][lane].
 template <typename A>
 struct Weights {
   int64_t taps, scale, subpixels, tap_size;
   A* data;
 
-  Weights(const Shape& shape, Arena& arena)
+  // Of the first of `tiles` tiles.
+  Weights(const Shape& shape, int64_t tiles, Arena& arena)
       : taps(shape.taps()),
         scale(shape.scale),
         subpixels(shape.subpixels()),
         tap_size(subpixels * kLanes<A>),
-        data(arena.take<A>(taps * tap_size)) {}
+        data(arena.take<A>(tiles * taps * tap_size)) {}
+
+  Weights tile(int64_t index) const {
+    Weights result = *this;
+    result.data += index * taps * tap_size;
+    return result;
+  }
 
   A* at(int64_t t, int64_t p) const { return data + t * tap_size + p * kLanes<A>; }
 
@@ -542,40 +593,53 @@ void correlate(const Ring<A>& features, const int64_t* taps, const OutputTile<A>
 
 // ------------------------------------------------------------------------------ the two kernels
 
+// Output that is larger goes past the caches: most of it would not be found there anyway.
+constexpr int64_t kLargeOutput = 8 << 20;  // bytes
+
 template <typename A>
 size_t forward(const Shape& shape, const Map& features, const Kernels& kernels, const Map& output,
                int64_t begin, int64_t end, char* scratch) {
+  // Source pixels whose output is stored together: long runs of memory, in few tiles of weights.
+  constexpr int64_t kMostTiles = 6;
+  const int64_t most = kMostTiles * kLanes<A>;
+  const int64_t parts = (shape.width + most - 1) / most;
+  const int64_t step = parts ? (shape.width + parts - 1) / parts : 0;
+
   Arena arena(scratch);
   const FeatureRing<A> rows(shape, arena);
-  const OutputTile<A> tile(shape, 1, arena);
-  const Weights<A> weights(shape, arena);
+  const OutputTile<A> tile(shape, step, 1, arena);
+  const Weights<A> weights(shape, kMostTiles, arena);
   int64_t* taps = arena.take<int64_t>(shape.taps());
   if (!scratch) return arena.used();
 
+  const bool is_large = shape.batch * shape.channels * shape.height * shape.width *
+                            shape.subpixels() * static_cast<int64_t>(sizeof(A)) >
+                        kLargeOutput;
   for (int64_t index = begin; index < end; ++index) {
     const Row row(shape, index);
     rows.advance(features, row, index == begin || row.h == 0);
     rows.tap_offsets(row.h, taps);
-    for (int64_t w = 0; w < shape.width; w += kLanes<A>) {
-      const int64_t in_tile = minimum(kLanes<A>, shape.width - w);
-      weights.load(kernels, row, w, in_tile);
-      for (int64_t first = 0; first < in_tile; first += tile.step) {
-        const int64_t count = minimum(tile.step, in_tile - first);
-        for (int64_t block = 0; block < rows.blocks.count; ++block) {
-          with_size<kVectors>(rows.blocks.vectors_of(block), [&](auto vectors) {
-            for (int64_t i = 0; i < count; ++i) {
-              for_parts<kSubpixels>(shape.subpixels(), [&](auto subpixels, int64_t p) {
-                reassemble<decltype(vectors)::value, decltype(subpixels)::value>(
-                    rows.pixel(block, w + first + i), taps, weights,
-                    weights.at(0, p) + first + i, tile.pixel(0, i), tile.offsets + p);
-              });
-            }
-          });
-          tile.store_only_block(block, output, row, w + first, count);
-        }
+    for (int64_t w = 0; w < shape.width; w += step) {
+      const int64_t count = minimum(step, shape.width - w);
+      for (int64_t i = 0; i < count; i += kLanes<A>) {
+        weights.tile(i / kLanes<A>).load(kernels, row, w + i, minimum(kLanes<A>, count - i));
+      }
+      for (int64_t block = 0; block < rows.blocks.count; ++block) {
+        with_size<kVectors>(rows.blocks.vectors_of(block), [&](auto vectors) {
+          for (int64_t i = 0; i < count; ++i) {
+            const Weights<A> own = weights.tile(i / kLanes<A>);
+            for_parts<kSubpixels>(shape.subpixels(), [&](auto subpixels, int64_t p) {
+              reassemble<decltype(vectors)::value, decltype(subpixels)::value>(
+                  rows.pixel(block, w + i), taps, own, own.at(0, p) + i % kLanes<A>,
+                  tile.pixel(0, i), tile.offsets + p);
+            });
+          }
+        });
+        tile.store_only_block(block, output, row, w, count, is_large);
       }
     }
   }
+  if (is_large) finish_streaming();
   return arena.used();
 }
 
@@ -592,8 +656,9 @@ size_t backward(const Shape& shape, const Map& grad_output, const Map& features,
   const FeatureRing<A> rows(shape, arena);
   const Ring<A> grad_rows(shape, arena);
   const Blocks<A>& blocks = rows.blocks;
-  const OutputTile<A> tile(shape, blocks.count, arena);
-  const Weights<A> weights(shape, arena), grad_weights(shape, arena);
+  // A vector of adjacent output pixels: more, of all channels, would not stay in the first cache.
+  const OutputTile<A> tile(shape, maximum(1, kLanes<A> / shape.scale), blocks.count, arena);
+  const Weights<A> weights(shape, 1, arena), grad_weights(shape, 1, arena);
   int64_t* taps = arena.take<int64_t>(shape.taps());
   if (!scratch) return arena.used();
 

@@ -10,7 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#ifdef __F16C__
+#ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
@@ -69,6 +69,26 @@ CARAFE_INLINE void store(double* target, Vector<double> vector) {
 
 CARAFE_INLINE void store(float* target, Vector<float> vector) {
   __builtin_memcpy(target, &vector, sizeof(vector));
+}
+
+// A store past the caches, to an address aligned to a vector. `finish_streaming` has to follow before
+// another thread reads.
+CARAFE_INLINE void stream(float* target, Vector<float> vector) {
+#if CARAFE_VECTOR_BYTES == 64
+  _mm512_stream_ps(target, vector);
+#elif CARAFE_VECTOR_BYTES == 32
+  _mm256_stream_ps(target, vector);
+#elif defined(__x86_64__)
+  _mm_stream_ps(target, vector);
+#else
+  store(target, vector);
+#endif
+}
+
+CARAFE_INLINE void finish_streaming() {
+#ifdef __x86_64__
+  _mm_sfence();
+#endif
 }
 
 typedef uint16_t HalfBits __attribute__((vector_size(CARAFE_VECTOR_BYTES / 2)));
