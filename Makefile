@@ -1,5 +1,7 @@
 # make quickstart   set up, train and evaluate the small example, draw its predictions
 # make test         set up, run the test suite
+# make bench        set up, measure CARAFE against other upsamplers (a quarter of an hour)
+# make compare      set up, train the small example with five upsamplers (half an hour)
 #
 # PYTHON=python3.12        the interpreter that makes the virtual environment
 # VENV=path                the environment to use; default: the activated one, else .venv
@@ -21,7 +23,7 @@ PIP := $(PY) -m pip
 STAMPS := $(VENV)/.carafe_d2$(subst /,_,$(CURDIR))
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: quickstart test lint environment clean
+.PHONY: quickstart test bench compare lint environment clean
 .DELETE_ON_ERROR:
 
 quickstart: environment
@@ -43,6 +45,13 @@ quickstart: environment
 
 test: environment
 	$(PY) -m pytest
+
+bench: environment
+	$(PY) tools/benchmark.py
+
+compare: environment
+	@$(PY) -m carafe_d2.data.shapes
+	@$(PY) tools/compare.py
 
 lint: environment
 	$(PY) -m ruff check .

@@ -1,0 +1,1 @@
+"""The parts of tools/benchmark.py; only `detectors` needs Detectron2."""

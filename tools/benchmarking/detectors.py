@@ -1,0 +1,226 @@
+"""Whole detectors: images a second with random weights, CARAFE beside the baselines."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
+from detectron2.solver import build_optimizer
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from carafe_d2.config import load_config
+from carafe_d2.errors import UserError
+
+from .measure import Clock, count_flops, interleave, ratio, warm_up
+from .upsampling import LAYOUTS
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+DEFAULT_CONFIGS = [
+    "mask_rcnn_R50_FPN_1x",
+    "mask_rcnn_R50_FPN_carafe_1x",
+    "faster_rcnn_R50_FPN_1x",
+    "faster_rcnn_R50_FPN_carafe_1x",
+]
+INFERENCE, TRAINING = MODES = ("inference", "training")
+SEED = 0
+OBJECTS = 8  # in the image that a detector is trained on
+LOGIT_SPREAD = 3.0  # standard deviation of the classification logits
+# Random proposals rarely fit an object well. With a low threshold as many of them count as
+# foreground as the config allows, so that every model trains its mask head on as many RoIs.
+FOREGROUND_IOU = 0.1
+
+
+@dataclass(frozen=True)
+class Result:
+    """One detector in one mode."""
+
+    config: str
+    mode: str
+    milliseconds: float  # for an image; median over the rounds
+    images_per_second: float
+    baseline: str | None  # the config without CARAFE
+    speed: float | None  # images a second relative to the baseline's
+    rounds: int
+    gflops: float  # 1e9 operations for an image
+    objects: int | None  # detections of inference; foreground RoIs of a training iteration
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def config_path(name: str) -> Path:
+    """A YAML file, given as such or by its name in configs/."""
+    path = Path(name) if name.endswith(".yaml") else CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*_1x*.yaml")))
+        raise UserError(f"--detector: expected a YAML file or one of {known}, got {name!r}")
+    return path
+
+
+def baseline_of(config: str) -> str:
+    """The config without CARAFE, by its name."""
+    return re.sub(r"_carafe|(?<=_1x)_\w+$", "", config)
+
+
+class Detector:
+    """A model of a config with random weights, and one image.
+
+    Args:
+        cfg: a Detectron2 config.
+        size: height and width of the image in pixels.
+        layout: contiguous or channels_last.
+    """
+
+    def __init__(self, cfg: CfgNode, size: tuple[int, int], layout: str):
+        self._cfg = cfg
+        torch.manual_seed(SEED)
+        self.model = build_model(cfg).to(memory_format=LAYOUTS[layout])
+        height, width = size
+        generator = torch.Generator().manual_seed(SEED)
+        image = torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
+        self._image = {"image": image, "height": height, "width": width}
+        self._target = {**self._image, "instances": random_instances(cfg, size)}
+        steady_residuals(self.model)
+        self.objects: int | None = None
+        spread_scores(self.model, self.infer)
+
+    @torch.no_grad()
+    def infer(self) -> None:
+        """Detects objects in the image."""
+        self.model.eval()
+        self.objects = len(self.model([self._image])[0]["instances"])
+
+    def trainer(self) -> Callable[[], None]:
+        """A training iteration that leaves the weights as they are: its learning rate is zero."""
+        cfg = self._cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.BASE_LR = 0.0
+        optimizer = build_optimizer(cfg, self.model)
+
+        def iteration() -> None:
+            self.model.train()
+            torch.manual_seed(SEED)  # the same proposals are sampled in every iteration
+            with EventStorage() as storage:
+                losses = self.model([self._target])
+            foreground, _ = storage.latest().get("roi_head/num_fg_samples", (None, 0))
+            self.objects = None if foreground is None else round(foreground)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+
+        return iteration
+
+
+def random_instances(cfg: CfgNode, size: tuple[int, int]) -> Instances:
+    """Ground truth: elliptic objects of a sixth to a half of the image's size."""
+    generator = torch.Generator().manual_seed(SEED)
+    extent = torch.tensor([size[1], size[0]])
+    radii = extent * (1 / 12 + torch.rand(OBJECTS, 2, generator=generator) / 6)
+    centres = radii + (extent - 2 * radii) * torch.rand(OBJECTS, 2, generator=generator)
+    angles = torch.linspace(0, 2 * math.pi, 33)[:-1]
+    circle = torch.stack([angles.cos(), angles.sin()], dim=1)
+    polygons = [
+        [(centre + radius * circle).flatten().double().numpy()]
+        for centre, radius in zip(centres, radii, strict=True)
+    ]
+    instances = Instances(size)
+    instances.gt_boxes = Boxes(torch.cat([centres - radii, centres + radii], dim=1))
+    instances.gt_classes = torch.arange(OBJECTS) % cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if cfg.MODEL.MASK_ON:
+        bitmask = cfg.INPUT.MASK_FORMAT == "bitmask"
+        instances.gt_masks = (
+            BitMasks.from_polygon_masks(polygons, *size) if bitmask else PolygonMasks(polygons)
+        )
+    return instances
+
+
+def steady_residuals(model: nn.Module) -> None:
+    """Keeps activations finite, which random weights do not under frozen batch normalisation.
+
+    Every residual block would double their variance; with a small scale in its last normalisation
+    it hardly changes it.
+    """
+    for block in model.modules():
+        if isinstance(block, (BasicBlock, BottleneckBlock)):
+            last = block.conv3 if isinstance(block, BottleneckBlock) else block.conv2
+            nn.init.constant_(last.norm.weight, 0.2)
+
+
+def spread_scores(model: nn.Module, infer: Callable[[], object]) -> None:
+    """Sets the classifiers' weights so that some scores lie above the threshold, most below it.
+
+    Freshly initialised ones give all classes the same low score, so nothing is detected and the
+    mask head has nothing to do.
+    """
+    outputs: dict[nn.Module, torch.Tensor] = {}
+
+    def record(classifier: nn.Module, _, logits: torch.Tensor) -> None:
+        outputs.setdefault(classifier, logits.transpose(0, 1).flatten(1))  # (classes, samples)
+
+    classifiers = [module for name, module in model.named_modules() if name.endswith("cls_score")]
+    hooks = [module.register_forward_hook(record) for module in classifiers]
+    infer()
+    for hook in hooks:
+        hook.remove()
+    for classifier, logits in outputs.items():
+        mean = logits.mean(dim=1)
+        factor = LOGIT_SPREAD / (logits - mean[:, None]).std()
+        with torch.no_grad():
+            classifier.bias.sub_(factor * (mean - classifier.bias))
+            classifier.weight.mul_(factor)
+
+
+class Benchmark:
+    """Measures detectors one beside the other.
+
+    Args:
+        names: see :func:`config_path`.
+        size: height and width of the image in pixels.
+        layout: contiguous or channels_last.
+        device: where.
+
+    Raises:
+        UserError: a config is unknown or wrong.
+    """
+
+    def __init__(
+        self, names: Sequence[str], size: tuple[int, int], layout: str, device: torch.device
+    ):
+        overrides = [
+            *("MODEL.WEIGHTS", "", "MODEL.DEVICE", str(device)),
+            *("MODEL.ROI_HEADS.IOU_THRESHOLDS", [FOREGROUND_IOU]),
+        ]
+        configs = {path.stem: load_config(str(path), overrides) for path in map(config_path, names)}
+        self._detectors = {name: Detector(cfg, size, layout) for name, cfg in configs.items()}
+        self._clock = Clock(device)
+
+    def run(self, mode: str, seconds: float) -> Iterator[Result]:
+        """Measures all detectors in one of MODES, `seconds` each."""
+        functions = {
+            name: detector.infer if mode == INFERENCE else detector.trainer()
+            for name, detector in self._detectors.items()
+        }
+        flops = {name: count_flops(function) for name, function in functions.items()}
+        estimates = {name: warm_up(function, self._clock) for name, function in functions.items()}
+        samples = interleave(functions, estimates, self._clock, seconds)
+        for name, times in samples.items():
+            baseline = baseline_of(name)
+            yield Result(
+                config=name,
+                mode=mode,
+                milliseconds=1e3 * median(times.values()),
+                images_per_second=1 / median(times.values()),
+                baseline=baseline if baseline in samples else None,
+                speed=ratio(samples[baseline], times) if baseline in samples else None,
+                rounds=len(times),
+                gflops=flops[name] / 1e9,
+                objects=self._detectors[name].objects,
+            )

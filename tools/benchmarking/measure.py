@@ -1,0 +1,132 @@
+"""Times of functions that take turns, so that whatever slows the machine slows all of them."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROUNDS = 12
+# A slow function takes part in every second or fourth round. The rounds of slower functions are
+# rounds of all faster ones, so any two functions have rounds in common.
+STRIDES = (1, 2, 4)
+MAX_CALLS = 200  # of one function in one round
+
+Function = Callable[[], object]
+Samples = dict[int, float]  # seconds a call, by round
+
+
+class Clock:
+    """Measures how long a call takes on a device.
+
+    On a GPU it is the time between two events around every call, with the L2 cache overwritten
+    before each. On a CPU it is wall time and the caches keep what the call before has left there.
+    """
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        if self._on_gpu:
+            l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+            self._l2_flush = torch.empty(4 * l2_bytes, dtype=torch.uint8, device=device)
+
+    def __call__(self, function: Function, calls: int = 1) -> float:
+        """Seconds that one call takes, averaged over `calls` calls."""
+        if self._on_gpu:
+            return self._gpu_seconds(function, calls) / calls
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) / calls
+
+    def _gpu_seconds(self, function: Function, calls: int) -> float:
+        events = []
+        for _ in range(calls):
+            self._l2_flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+def warm_up(function: Function, clock: Clock) -> float:
+    """Calls a function for the first time; returns about how many seconds a call takes."""
+    first = clock(function)
+    return first if first > 1 else clock(function)
+
+
+def interleave(
+    functions: dict[str, Function], estimates: dict[str, float], clock: Clock, seconds: float
+) -> dict[str, Samples]:
+    """Measures functions in rounds; in each round they take their turns.
+
+    Args:
+        functions: what to measure.
+        estimates: for each of them what :func:`warm_up` returned.
+        clock: of the device that they run on.
+        seconds: time for each function. A fast one fills its share of a round with several calls,
+            a slow one leaves out rounds, but takes part in three at least.
+
+    Returns:
+        For every function its seconds a call in the rounds that it took part in.
+    """
+    plan = {}
+    for name, estimate in estimates.items():
+        calls = max(1, min(MAX_CALLS, int(seconds / ROUNDS / estimate)))
+        rounds = seconds / (calls * estimate)
+        stride = next((s for s in STRIDES if ROUNDS // s <= rounds), STRIDES[-1])
+        plan[name] = calls, stride
+    samples: dict[str, Samples] = {name: {} for name in functions}
+    for current in range(ROUNDS):
+        for name, function in functions.items():
+            calls, stride = plan[name]
+            if current % stride == 0:
+                samples[name][current] = clock(function, calls)
+    return samples
+
+
+def ratio(samples: Samples, reference: Samples) -> float:
+    """How many times the reference's time: the median over the rounds that both took part in."""
+    return median(samples[r] / reference[r] for r in samples.keys() & reference.keys())
+
+
+def count_flops(function: Function) -> int:
+    """Floating-point operations of a call, as PyTorch counts them.
+
+    Convolutions, matrix products and CARAFE count; interpolation and elementwise work do not.
+    """
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What a device can do: a rate that others are held against."""
+
+    name: str
+    function: Function
+    moved_bytes: int
+    flops: int
+
+
+def yardsticks(device: torch.device, quick: bool = False) -> list[Yardstick]:
+    """A large copy for the bandwidth, a large matrix product for the arithmetic, in float32.
+
+    Args:
+        quick: small ones, which say nothing of the device.
+    """
+    on_gpu = device.type == "cuda"
+    numbers = 2**20 if quick else 2**28 if on_gpu else 2**26
+    side = 128 if quick else 8192 if on_gpu else 1024
+    source = torch.zeros(numbers, device=device)
+    target = torch.empty_like(source)
+    matrix = torch.ones(side, side, device=device)
+    return [
+        Yardstick("copy", lambda: target.copy_(source), source.nbytes + target.nbytes, 0),
+        Yardstick("matmul", lambda: matrix @ matrix, 3 * matrix.nbytes, 2 * side**3),
+    ]

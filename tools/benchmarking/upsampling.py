@@ -1,0 +1,406 @@
+"""The upsamplers and the operators inside them, with their peers, over cases given by shapes."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+
+from carafe_d2 import build_upsampler, carafe, carafe_upsample
+from carafe_d2.upsample import UPSAMPLERS
+
+from .measure import Clock, Samples, count_flops, interleave, ratio, warm_up, yardsticks
+from .peers import PEERS, Peer, compiled_peers, mmcv_peers
+
+FORWARD, FORWARD_BACKWARD = PASSES = ("forward", "forward+backward")
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Features (N, C, H, W) and the sizes of the reassembly."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    kernel: int = 5
+    group: int = 1
+    scale: int = 2
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.kernel, self.group, self.scale
+
+    @property
+    def patch_elements(self) -> int:
+        """All neighbours of all output values: what an unfold of the enlarged map holds."""
+        return math.prod(self.shape) * (self.scale * self.kernel) ** 2
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return f"{self.name}: features {shape}, kernel {self.kernel}, group {self.group}, " + (
+            f"scale {self.scale}"
+        )
+
+
+# p3 to p6 are what the upsamplers of the published pyramids get for an image of 800 x 1333, padded
+# to 832 x 1344.
+PYRAMID = {"p6": (13, 21), "p5": (26, 42), "p4": (52, 84), "p3": (104, 168)}
+
+
+def standard_cases(device: torch.device, batch: int | None = None) -> dict[str, Case]:
+    """The cases by name; a GPU gets larger batches.
+
+    Args:
+        batch: images of the pyramid's cases; default: 1 on a CPU, 2 on a GPU.
+    """
+    on_gpu = device.type == "cuda"
+    batch = batch or (2 if on_gpu else 1)
+    cases = [
+        Case("base", (1, 256, 50, 68)),
+        *(Case(name, (batch, 256, *size)) for name, size in PYRAMID.items()),
+        Case("mask_head", (256 if on_gpu else 128, 256, 14, 14)),
+        Case("grouped", (1, 256, 50, 68), group=4),
+        Case("image", (1, 3, 128, 128)),
+        # what the operator's grad_check in MMDetection times
+        Case("grad_check", (2, 1024, 100, 100)),
+    ]
+    return {case.name: case for case in cases}
+
+
+QUICK_CASES = {
+    case.name: case
+    for case in (Case("tiny", (1, 8, 6, 7)), Case("tiny_grouped", (2, 8, 5, 4), 3, 2, 3))
+}
+
+
+# ------------------------------------------------------------------------------- candidates
+
+
+def _upsampler(
+    name: str, channels: int, scale_factor: int, kernel_size: int, group_size: int
+) -> nn.Module:
+    options = {"up_kernel": kernel_size, "up_group": group_size} if name == "carafe" else {}
+    return build_upsampler(name, channels, scale_factor, **options)
+
+
+OURS = {
+    "operator/carafe": carafe,
+    "fused/carafe_upsample": carafe_upsample,
+    **{f"upsampler/{name}": partial(_upsampler, name) for name in UPSAMPLERS},
+}
+
+# Groups differ in what they are given: features and masks, features and kernel logits, features.
+# Of each, the candidate whose speed-up over the others is reported.
+GROUPS = {
+    "operator": "operator/carafe",
+    "fused": "fused/carafe_upsample",
+    "upsampler": "upsampler/carafe",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something to measure.
+
+    Attributes:
+        name: its group, a slash, its name in the group.
+        build: as in :class:`Peer`.
+        peer: None for what carafe_d2 offers.
+    """
+
+    name: str
+    build: Callable
+    peer: Peer | None = None
+
+    @property
+    def group(self) -> str:
+        return self.name.split("/")[0]
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is the CARAFE that the others are compared with; it is never left out."""
+        return self.name in GROUPS.values()
+
+    @property
+    def source(self) -> str:
+        return self.peer.source if self.peer else "carafe_d2"
+
+    def obstacle(self, inputs: "Inputs", pass_: str) -> str | None:
+        """Says why it cannot run, if so."""
+        if self.peer is None:
+            return None
+        patches = self.peer.patches[PASSES.index(pass_)]
+        memory = patches * inputs.case.patch_elements * inputs.dtype.itemsize
+        if memory > 0.8 * available_memory(inputs.device):
+            return f"needs about {memory / 2**30:.0f} GiB of memory"
+        return self.peer.limits(inputs.case.shape[1], inputs.case.group, inputs.device)
+
+
+def standard_candidates(with_peers: bool = True, compiled: bool = False) -> dict[str, Candidate]:
+    """The candidates by name, group by group.
+
+    Args:
+        with_peers: also what CARAFE is compared with.
+        compiled: also its definition as torch.compile makes it.
+    """
+    candidates = [Candidate(name, build) for name, build in OURS.items()]
+    if with_peers:
+        peers = PEERS | mmcv_peers() | (compiled_peers() if compiled else {})
+        candidates += [Candidate(name, peer.build, peer) for name, peer in peers.items()]
+    groups = list(GROUPS)
+    candidates.sort(key=lambda candidate: groups.index(candidate.group))
+    return {candidate.name: candidate for candidate in candidates}
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that new tensors can take."""
+    if device.type == "cuda":
+        kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept_by_torch
+    with open("/proc/meminfo") as lines:
+        fields = dict(line.split(":") for line in lines)
+    return 1024 * int(fields["MemAvailable"].split()[0])
+
+
+# --------------------------------------------------------------------------------- workloads
+
+
+class Inputs:
+    """The tensors of one case, shared by all its candidates."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, layout: str, device: torch.device):
+        self.case, self.dtype, self.layout, self.device = case, dtype, layout, device
+        n, _, h, w = case.shape
+        taps = case.group * case.kernel**2
+        self.features = self._random(case.shape)
+        self.masks = self._random((n, taps, case.scale * h, case.scale * w))
+        self.logits = self._random((n, taps * case.scale**2, h, w))
+        self._grad_outputs: dict[torch.Size, Tensor] = {}
+
+    def _random(self, shape: tuple[int, ...]) -> Tensor:
+        tensor = torch.randn(shape, dtype=self.dtype, device=self.device)
+        return tensor.to(memory_format=LAYOUTS[self.layout]).requires_grad_()
+
+    def grad_output(self, out: Tensor) -> Tensor:
+        """A gradient to start a backward with, in the features' layout."""
+        if out.shape not in self._grad_outputs:
+            self._grad_outputs[out.shape] = self._random(out.shape).detach()
+        return self._grad_outputs[out.shape]
+
+
+class Workload:
+    """A candidate on the tensors of a case.
+
+    Attributes:
+        reads: all that it reads: inputs and, of a module, parameters. All want gradients.
+    """
+
+    def __init__(self, group: str, build: Callable, inputs: Inputs):
+        case = inputs.case
+        self._inputs = inputs
+        if group == "upsampler":
+            self._function = build(case.shape[1], case.scale, case.kernel, case.group)
+            self._function.to(
+                device=inputs.device, dtype=inputs.dtype, memory_format=LAYOUTS[inputs.layout]
+            )
+            self._arguments = (inputs.features,)
+            self.reads = (inputs.features, *self._function.parameters())
+        else:
+            kernels = inputs.masks if group == "operator" else inputs.logits
+            self._function = build
+            self._arguments = (inputs.features, kernels, *case.sizes)
+            self.reads = (inputs.features, kernels)
+
+    def function(self, pass_: str) -> Callable[[], object]:
+        """What to call; a forward alone is that of inference, without autograd."""
+        if isinstance(self._function, nn.Module):
+            self._function.train(pass_ == FORWARD_BACKWARD)
+        return self.forward if pass_ == FORWARD else self.forward_backward
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        return self._function(*self._arguments)
+
+    def forward_backward(self) -> None:
+        for tensor in self.reads:
+            tensor.grad = None
+        out = self._function(*self._arguments)
+        out.backward(self._inputs.grad_output(out))
+
+    def fewest_bytes(self, pass_: str) -> int:
+        """Bytes that have to move even if all between input and output stays in registers.
+
+        A forward reads every input and writes the output. A backward reads the output's gradient
+        and writes that of every input, for which it reads all inputs again; but not where the
+        features are the only input: interpolation is linear in them.
+        """
+        inputs = sum(tensor.nbytes for tensor in self.reads)
+        output = self.forward().nbytes
+        if pass_ == FORWARD:
+            return inputs + output
+        reads_again = inputs if len(self.reads) > 1 else 0
+        return (inputs + output) + (output + reads_again + inputs)
+
+
+def demands(
+    candidate: Candidate, case: Case, dtype: torch.dtype, layout: str, pass_: str
+) -> tuple[int, int]:
+    """The fewest bytes and the FLOPs of a candidate; found on shapes alone, nothing is computed.
+
+    Those of a peer that computes the same as CARAFE are CARAFE's, however it does it.
+    """
+    is_carafe = candidate.peer is not None and candidate.peer.is_carafe
+    build = OURS[GROUPS[candidate.group]] if is_carafe else candidate.build
+    workload = Workload(candidate.group, build, Inputs(case, dtype, layout, torch.device("meta")))
+    return workload.fewest_bytes(pass_), count_flops(workload.function(pass_))
+
+
+# -------------------------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row; a row without a time says in `skipped` why there is none."""
+
+    case: str
+    dtype: str
+    layout: str
+    pass_: str
+    candidate: str
+    source: str
+    skipped: str | None = None
+    milliseconds: float | None = None  # median over the rounds
+    fastest: float | None = None  # milliseconds in the fastest round
+    rounds: int | None = None
+    speedup: float | None = None  # of the group's CARAFE over this candidate
+    fewest_bytes: int | None = None
+    copy_share: float | None = None  # fewest_bytes a second, relative to the copy's
+    flops: int | None = None
+    gflops: float | None = None  # 1e9 operations a second
+
+    def as_dict(self) -> dict:
+        fields = asdict(self)
+        return {name.rstrip("_"): value for name, value in fields.items()}
+
+
+class Benchmark:
+    """Measures candidates on cases.
+
+    Args:
+        candidates: what to measure.
+        device: where.
+        seconds: time for each candidate, pass and case.
+        skip: seconds a call above which a candidate is left out; CARAFE itself never is.
+        quick: measure the device's own rates in no time, and wrongly.
+    """
+
+    def __init__(
+        self,
+        candidates: Iterable[Candidate],
+        device: torch.device,
+        seconds: float,
+        skip: float,
+        quick: bool = False,
+    ):
+        self._candidates = list(candidates)
+        self._device = device
+        self._seconds = seconds
+        self._skip = skip
+        self._clock = Clock(device)
+        self._yardsticks = yardsticks(device, quick)
+        # Seconds a call for each element of all patches, in a candidate's last case.
+        self._pace: dict[tuple, float] = {}
+
+    def run(self, case: Case, dtype: torch.dtype, layout: str) -> Iterator[Result]:
+        """Measures all candidates on a case.
+
+        Yields:
+            For each pass a row for each yardstick, then one for every candidate.
+        """
+        inputs = Inputs(case, dtype, layout, self._device)
+        for pass_ in PASSES:
+            functions = {y.name: y.function for y in self._yardsticks}
+            estimates = {y.name: warm_up(y.function, self._clock) for y in self._yardsticks}
+            left_out = {}
+            for candidate in self._candidates:
+                name = candidate.name
+                try:
+                    functions[name], estimates[name] = self._warm_up(candidate, inputs, pass_)
+                except LeftOut as reason:
+                    left_out[name] = str(reason)
+            samples = interleave(functions, estimates, self._clock, self._seconds)
+
+            dtype_name = str(dtype).removeprefix("torch.")
+            row = partial(Result, case.name, dtype_name, layout, pass_)
+            for y in self._yardsticks:
+                measured = self._measured(y.name, samples, y.moved_bytes, y.flops)
+                yield row(y.name, "PyTorch", **measured)
+            for candidate in self._candidates:
+                if candidate.name in left_out:
+                    yield row(candidate.name, candidate.source, left_out[candidate.name])
+                else:
+                    needs = demands(candidate, case, dtype, layout, pass_)
+                    measured = self._measured(candidate.name, samples, *needs)
+                    yield row(candidate.name, candidate.source, **measured)
+
+    def _warm_up(
+        self, candidate: Candidate, inputs: Inputs, pass_: str
+    ) -> tuple[Callable[[], object], float]:
+        """Returns what to measure, and about how many seconds a call of it takes.
+
+        Raises:
+            LeftOut: it cannot run, or takes too long, and is not a reference.
+        """
+        if obstacle := candidate.obstacle(inputs, pass_):
+            raise LeftOut(obstacle)
+        key, forward_key = (
+            (candidate.name, inputs.dtype, inputs.layout, name) for name in (pass_, FORWARD)
+        )
+        elements = inputs.case.patch_elements
+        # Forward and backward take longer than the forward, which was first.
+        pace = self._pace.get(key) or self._pace.get(forward_key, 0)
+        self._check_time(candidate, pace * elements)
+        try:
+            function = Workload(candidate.group, candidate.build, inputs).function(pass_)
+            if candidate.peer and candidate.peer.compiles:
+                function()
+            seconds = warm_up(function, self._clock)
+        except (RuntimeError, ValueError) as error:
+            if candidate.is_reference:
+                raise
+            if isinstance(error, torch.OutOfMemoryError):
+                raise LeftOut("out of memory") from error
+            raise LeftOut(str(error).strip().splitlines()[0]) from error
+        self._pace[key] = seconds / elements
+        self._check_time(candidate, seconds)
+        return function, seconds
+
+    def _check_time(self, candidate: Candidate, seconds: float) -> None:
+        if seconds > self._skip and not candidate.is_reference:
+            raise LeftOut(f"takes about {seconds:.0f} s a call")
+
+    def _measured(
+        self, name: str, samples: dict[str, Samples], fewest_bytes: int, flops: int
+    ) -> dict:
+        """The fields of a Result that are numbers."""
+        times = samples[name]
+        seconds = median(times.values())
+        reference = samples.get(GROUPS.get(name.split("/")[0]))
+        copy = self._yardsticks[0]
+        return {
+            "milliseconds": 1e3 * seconds,
+            "fastest": 1e3 * min(times.values()),
+            "rounds": len(times),
+            "speedup": ratio(times, reference) if reference else None,
+            "fewest_bytes": fewest_bytes,
+            "copy_share": fewest_bytes / copy.moved_bytes * ratio(samples[copy.name], times),
+            "flops": flops,
+            "gflops": flops / seconds / 1e9,
+        }
+
+
+class LeftOut(Exception):
+    """Why a candidate is not measured."""
