@@ -24,8 +24,8 @@ def runtime(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Of a process that finds the operator with sanitizers in it."""
+def run(tmp_path_factory):
+    """Runs Python with an instruction set and the operator that has sanitizers in it."""
     runtimes = f"{runtime('libasan.so')}:{runtime('libubsan.so')}"
     folder = tmp_path_factory.mktemp("sanitizers")
     for name in ("csrc", "carafe_d2"):
@@ -36,23 +36,31 @@ def environment(tmp_path_factory):
     subprocess.run(build, cwd=folder, env=os.environ | flags, check=True)
     # Python itself and PyTorch never free some of their memory.
     options = {"ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": runtimes}
-    return os.environ | options | {"PYTHONPATH": str(folder)}
+
+    def run(instruction_set: str, *arguments: str) -> subprocess.CompletedProcess:
+        variables = os.environ | options | {"CARAFE_D2_CPU": instruction_set}
+        # Python looks for carafe_d2 in the working folder first.
+        return subprocess.run(
+            [sys.executable, *arguments], cwd=folder, env=variables, capture_output=True, text=True
+        )
+
+    imported = run("default", "-c", "import carafe_d2; print(carafe_d2.__file__)")
+    assert Path(imported.stdout.strip()).parent == folder / "carafe_d2", imported.stderr
+    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
-def test_operator(environment, instruction_set):
+def test_operator(run, instruction_set):
     tests = [str(ROOT / "tests" / "test_ops.py"), "-k", f"({TESTS}) and not cuda"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    variables = environment | {"CARAFE_D2_CPU": instruction_set}
-    run = subprocess.run(command, env=variables, capture_output=True, text=True)
-    if "CARAFE_D2_CPU: expected" in run.stdout:
+    result = run(instruction_set, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+    if "CARAFE_D2_CPU: expected" in result.stdout:
         pytest.skip(f"this processor has no {instruction_set}")
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.slow
-def test_the_sanitizers_are_at_work(environment):
+def test_the_sanitizers_are_at_work(run):
     """A part of a map that is not there has to be noticed."""
     program = (
         "import torch, carafe_d2\n"
@@ -61,9 +69,6 @@ def test_the_sanitizers_are_at_work(environment):
         "storage.untyped_storage().resize_(4 * 64 * 2)\n"
         "carafe_d2.carafe(missing, torch.zeros(1, 9, 8, 8), 3, 1, 1)\n"
     )
-    variables = environment | {"CARAFE_D2_CPU": "default"}
-    run = subprocess.run(
-        [sys.executable, "-c", program], env=variables, capture_output=True, text=True
-    )
-    assert run.returncode != 0
-    assert "heap-buffer-overflow" in run.stderr
+    result = run("default", "-c", program)
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr
