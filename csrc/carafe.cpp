@@ -57,9 +57,7 @@ std::string describe(Sizes sizes) {
   return text.str();
 }
 
-std::string describe(const Tensor& tensor) {
-  return describe(tensor.sizes());
-}
+std::string describe(const Tensor& tensor) { return describe(tensor.sizes()); }
 
 std::string device_name(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
@@ -123,19 +121,18 @@ Shape check_arguments(Operator op, const Tensor& features, const Tensor& kernels
   check(is_double == (kernels.scalar_type() == ScalarType::Double), name, ": expected dtype ",
         is_double ? "float64" : "float32, float16 or bfloat16", " with features of ",
         features.scalar_type(), ", but got ", kernels.scalar_type());
-  const Shape shape{features.size(0), features.size(1), features.size(2), features.size(3),
-                    kernel_size,      group_size,       scale_factor,
-                    is_channels_last(features)};
+  const Shape shape{
+      features.size(0), features.size(1), features.size(2), features.size(3),
+      kernel_size,      group_size,       scale_factor,     is_channels_last(features)};
   check(shape.channels % group_size == 0, "group_size: expected a divisor of the ", shape.channels,
         " channels of features, but got ", group_size);
 
   const int64_t channel_scale = fused ? scale_factor : 1, map_scale = fused ? 1 : scale_factor;
   const int64_t expected[] = {
-      shape.batch,
-      product({group_size, kernel_size, kernel_size, channel_scale, channel_scale}),
+      shape.batch, product({group_size, kernel_size, kernel_size, channel_scale, channel_scale}),
       product({shape.height, map_scale}), product({shape.width, map_scale})};
   const Sizes expected_sizes(expected, 4);
-  check(kernels.sizes() == expected_sizes, name, ": expected shape ", describe(expected_sizes),
+  check(kernels.sizes().equals(expected_sizes), name, ": expected shape ", describe(expected_sizes),
         " for features of shape ", describe(features), " with kernel_size ", kernel_size,
         ", group_size ", group_size, " and scale_factor ", scale_factor, ", but got ",
         describe(kernels));
@@ -150,7 +147,7 @@ void check_grad_output(const Shape& shape, const Tensor& grad_output, const Tens
   const int64_t expected[] = {shape.batch, shape.channels, shape.height * shape.scale,
                               shape.width * shape.scale};
   const Sizes expected_sizes(expected, 4);
-  check(grad_output.sizes() == expected_sizes, "grad_output: expected shape ",
+  check(grad_output.sizes().equals(expected_sizes), "grad_output: expected shape ",
         describe(expected_sizes), ", but got ", describe(grad_output));
 }
 
@@ -182,12 +179,21 @@ Kernels kernels_of(Operator op, const Shape& shape, const Tensor& tensor) {
   const int64_t row = tensor.stride(2), column = tensor.stride(3);
   const int64_t s = shape.scale;
   if (op == Operator::kCarafe) {
-    return {tensor.data_ptr(), type_of(tensor), batch,      shape.taps() * channel, channel,
-            s * row,           row,             s * column, column,                 false};
+    return {
+        tensor.data_ptr(), type_of(tensor), batch, shape.taps() * channel, channel, s * row, row,
+        s * column,        column,          false};
   }
   const int64_t tap = shape.subpixels() * channel;  // the channel order of pixel_shuffle
-  return {tensor.data_ptr(), type_of(tensor), batch,  shape.taps() * tap, tap,
-          row,               s * channel,     column, channel,            true};
+  return {tensor.data_ptr(),
+          type_of(tensor),
+          batch,
+          shape.taps() * tap,
+          tap,
+          row,
+          s * channel,
+          column,
+          channel,
+          true};
 }
 
 // ---------------------------------------------------------------------------------- operators
@@ -218,8 +224,7 @@ class CurrentDevice {
 template <Operator op>
 Tensor forward(const Tensor& features, const Tensor& kernels, int64_t kernel_size,
                int64_t group_size, int64_t scale_factor) {
-  const Shape shape =
-      check_arguments(op, features, kernels, kernel_size, group_size, scale_factor);
+  const Shape shape = check_arguments(op, features, kernels, kernel_size, group_size, scale_factor);
   const Backend& backend = backend_of(features);
   const CurrentDevice device(features);
   const int64_t sizes[] = {shape.batch, shape.channels, shape.height * shape.scale,
@@ -235,11 +240,9 @@ Tensor forward(const Tensor& features, const Tensor& kernels, int64_t kernel_siz
 // Gradients that are not wanted come back as tensors of size (0,).
 template <Operator op>
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& features,
-                                    const Tensor& kernels, int64_t kernel_size,
-                                    int64_t group_size, int64_t scale_factor, bool want_features,
-                                    bool want_kernels) {
-  const Shape shape =
-      check_arguments(op, features, kernels, kernel_size, group_size, scale_factor);
+                                    const Tensor& kernels, int64_t kernel_size, int64_t group_size,
+                                    int64_t scale_factor, bool want_features, bool want_kernels) {
+  const Shape shape = check_arguments(op, features, kernels, kernel_size, group_size, scale_factor);
   check_grad_output(shape, grad_output, features);
   const Backend& backend = backend_of(features);
   const CurrentDevice device(features);
@@ -285,13 +288,9 @@ void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("carafe_upsample_backward", TORCH_BOX(&backward<Operator::kCarafeUpsample>));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(carafe_d2, CPU, library) {
-  implement(library);
-}
+STABLE_TORCH_LIBRARY_IMPL(carafe_d2, CPU, library) { implement(library); }
 
-STABLE_TORCH_LIBRARY_IMPL(carafe_d2, CUDA, library) {
-  implement(library);
-}
+STABLE_TORCH_LIBRARY_IMPL(carafe_d2, CUDA, library) { implement(library); }
 
 }  // namespace
 }  // namespace carafe_d2

@@ -9,6 +9,7 @@
 
 #include "carafe.h"
 #ifdef __CUDACC__
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
 
@@ -66,9 +67,13 @@ static CARAFE_HOST_DEVICE void from_float(float value, float& result) { result =
 static CARAFE_HOST_DEVICE void from_float(double value, double& result) { result = value; }
 
 static CARAFE_HOST_DEVICE void from_float(float value, BFloat16& result) {
+#ifdef __CUDA_ARCH__
+  result.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+#else
   const uint32_t bits = bits_from_float(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
   result.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+#endif
 }
 
 static CARAFE_HOST_DEVICE void from_float(float value, Half& result) {

@@ -1,25 +1,36 @@
 """The CUDA kernels without a GPU: the host compiler builds the same .cuh files, for an emulator.
 
-`cuda_emulation/cuda_emulation.h` plays CUDA's execution model, and `emulated_kernels.cpp` beside it
-launches the kernels as csrc/cuda/carafe_cuda.cu does.
+The emulator (`cuda_emulation/`, tested by test_cuda_emulator.py) plays CUDA's execution model, and
+`emulated_kernels.cpp` launches the kernels as csrc/cuda/carafe_cuda.cu does. Every case is compared
+with the definition, and runs with the threads in opposite orders, which must not change a bit.
 """
 
 import ctypes
 import itertools
+import os
+import platform
 import shutil
 import subprocess
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import carafe_d2
 from carafe_d2.reference import carafe_naive, carafe_upsample_naive
 
-FOLDER = Path(__file__).parent / "cuda_emulation"
+SOURCE = Path(__file__).parent / "cuda_emulation" / "emulated_kernels.cpp"
+SANITIZED = "CARAFE_D2_SANITIZED_EMULATION"  # the library that a process of its own tests
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # enum Type in csrc/carafe.h
 F64, F32, F16, BF16 = TYPES
 TOLERANCE = {F64: 1e-10, F32: 2e-5, F16: 2e-3, BF16: 1.6e-2}
+FORWARD, BACKWARD = 0, 1  # orders of threads; any other number is the seed of a shuffled one
+
+
+# ------------------------------------------------------------------------------------- the kernels
 
 
 def struct(name: str, *fields: tuple[str, type]) -> type[ctypes.Structure]:
@@ -30,7 +41,7 @@ def integers(*names: str) -> list[tuple[str, type]]:
     return [(name, ctypes.c_int64) for name in names]
 
 
-# The structs of csrc/carafe.h
+# The structs of csrc/carafe.h and emulated_kernels.cpp
 Shape = struct(
     "Shape",
     *integers("batch", "channels", "height", "width", "kernel", "groups", "scale"),
@@ -43,6 +54,12 @@ Kernels = struct(
     *POINTER,
     *integers("batch", "group", "tap", "row", "sub_row", "column", "sub_column"),
     ("softmax", ctypes.c_bool),
+)
+Device = struct(
+    "Device",
+    ("order", ctypes.c_uint),
+    ("multiprocessors", ctypes.c_int),
+    ("general_blocks", ctypes.c_uint),
 )
 
 
@@ -60,78 +77,436 @@ def kernels_of(tensor: Tensor, k: int, s: int, fused: bool) -> ctypes.Structure:
     return Kernels(tensor.data_ptr(), TYPES.index(tensor.dtype), *strides, fused)
 
 
+def compiled(folder: Path, *flags: str) -> Path:
+    compiler = shutil.which("g++")
+    if compiler is None or platform.machine() not in ("x86_64", "aarch64"):
+        pytest.skip("needs g++, and a processor for which the emulator has fibers")
+    library = folder / "emulation.so"
+    flags = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags)
+    subprocess.run([compiler, *flags, "-shared", "-fPIC", SOURCE, "-o", library], check=True)
+    return library
+
+
 @pytest.fixture(scope="module")
 def emulation(tmp_path_factory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++")
-    library = tmp_path_factory.mktemp("cuda_emulation") / "emulation.so"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    source = FOLDER / "emulated_kernels.cpp"
-    subprocess.run([compiler, *flags, "-shared", "-fPIC", source, "-o", library], check=True)
-    return ctypes.CDLL(str(library))
+    library = os.environ.get(SANITIZED) or compiled(tmp_path_factory.mktemp("emulation"), "-O1")
+    return load(library)
+
+
+def load(library: str | Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(library))
+    for function in (loaded.emulate_forward, loaded.emulate_backward, loaded.take_launched):
+        function.restype = ctypes.c_char_p
+    return loaded
+
+
+# ------------------------------------------------------------------------------------------- cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one call. `memory` is how they lie there: dense, unaligned, cropped or expanded."""
+
+    shape: tuple[int, int, int, int] = (2, 20, 5, 9)
+    kernel: int = 5
+    group: int = 1
+    scale: int = 2
+    dtypes: tuple[torch.dtype, torch.dtype] = (F32, F32)
+    channels_last: bool = False
+    fused: bool = False
+    memory: str = "dense"
+
+    @property
+    def parameters(self) -> tuple[int, int, int]:
+        return self.kernel, self.group, self.scale
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, masks or logits, and the gradient of the output."""
+        (n, c, h, w), (k, g, s) = self.shape, self.parameters
+        kernels = (n, g * k * k * s * s, h, w) if self.fused else (n, g * k * k, h * s, w * s)
+        generator = torch.Generator().manual_seed(k * 100 + s)
+        features, kernels, grad_output = (
+            torch.randn(shape, dtype=F64, generator=generator).to(dtype)
+            for shape, dtype in zip(
+                (self.shape, kernels, (n, c, h * s, w * s)),
+                (*self.dtypes, self.dtypes[0]),
+                strict=True,
+            )
+        )
+        # The operator takes features for channels_last only where they are dense.
+        dense_only = self.channels_last and self.memory != "unaligned"
+        memory = "dense" if dense_only else self.memory
+        return (
+            arranged(features, memory, self.channels_last),
+            arranged(kernels, self.memory, self.channels_last),
+            arranged(grad_output, self.memory, self.channels_last),
+        )
+
+    def expected(self, features, kernels, grad_output) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, gradient of the features and gradient of the kernels, in float64."""
+        exact = [tensor.double().requires_grad_() for tensor in (features, kernels)]
+        reference = carafe_upsample_naive if self.fused else carafe_naive
+        out = reference(*exact, *self.parameters)
+        return out.detach(), *torch.autograd.grad(out, exact, grad_output.double())
+
+
+def arranged(tensor: Tensor, memory: str, channels_last: bool) -> Tensor:
+    """The same values elsewhere, with NaN in between where there is an in-between."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    tensor = tensor.contiguous(memory_format=layout)
+    if memory == "unaligned":
+        flat = tensor.new_full((tensor.numel() + 1,), torch.nan)[1:]
+        return flat.as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
+    if memory == "cropped":
+        n, c, h, w = tensor.shape
+        larger = tensor.new_full((n, c + 1, h + 2, w + 3), torch.nan)
+        larger = larger.contiguous(memory_format=layout)
+        return larger[:, :c, 1 : h + 1, 2 : w + 2].copy_(tensor)
+    if memory == "expanded":
+        return tensor[:1].expand_as(tensor)
+    return tensor
 
 
 def poisoned(tensor: Tensor) -> Tensor:
-    """Memory like that of `tensor` in which every value that is not written shows."""
+    """Dense memory for a result like `tensor`, in which every value that is not written shows."""
     return torch.full_like(tensor, torch.nan)
 
 
-SIZES = [(2, 12, 3, 5), (1, 25, 4, 3), (1, 4, 1, 1), (3, 8, 1, 6)]
-PARAMETERS = [  # kernel, group, scale
-    *((k, 1, s) for k, s in itertools.product((1, 3, 5, 7), (1, 2, 3, 4))),
-    *((k, g, 2) for k, g in itertools.product((3, 5, 9), (2, 4))),
+class Operator:
+    """The operator on an emulated GPU with a number of multiprocessors.
+
+    With `general_blocks`, none but the general kernels run, and loop with so few blocks.
+    """
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        order: int = FORWARD,
+        multiprocessors: int = 2,
+        general_blocks: int = 0,
+    ):
+        self.library = library
+        self.device = Device(order, multiprocessors, general_blocks)
+
+    def forward(self, case: Case, features, kernels, grad_output) -> Tensor:
+        out = poisoned(arranged(grad_output, "dense", case.channels_last))
+        self.forward_into(out, case, features, kernels)
+        return out
+
+    def forward_into(self, out: Tensor, case: Case, features, kernels) -> None:
+        self.call(
+            self.library.emulate_forward,
+            Shape(*case.shape, *case.parameters, case.channels_last),
+            map_of(features),
+            kernels_of(kernels, case.kernel, case.scale, case.fused),
+            map_of(out),
+        )
+
+    def backward(
+        self, case: Case, features, kernels, grad_output, wanted=(True, True)
+    ) -> list[Tensor | None]:
+        grads = [
+            poisoned(arranged(tensor, "dense", case.channels_last)) if is_wanted else None
+            for tensor, is_wanted in zip((features, kernels), wanted, strict=True)
+        ]
+        size = case.kernel, case.scale, case.fused
+        self.call(
+            self.library.emulate_backward,
+            Shape(*case.shape, *case.parameters, case.channels_last),
+            map_of(grad_output),
+            map_of(features),
+            kernels_of(kernels, *size),
+            None if grads[0] is None else map_of(grads[0]),
+            None if grads[1] is None else kernels_of(grads[1], *size),
+        )
+        return grads
+
+    def __call__(self, case: Case, inputs: tuple[Tensor, Tensor, Tensor]) -> list[Tensor]:
+        return [self.forward(case, *inputs), *self.backward(case, *inputs)]
+
+    def call(self, function, *arguments) -> None:
+        by_reference = (None if a is None else ctypes.byref(a) for a in arguments)
+        report = function(ctypes.byref(self.device), *by_reference)
+        assert report is None, report.decode()
+
+
+def assert_same_bits(results: list[Tensor], others: list[Tensor]) -> None:
+    for result, other in zip(results, others, strict=True):
+        torch.testing.assert_close(result, other, rtol=0, atol=0, equal_nan=True)
+
+
+def check(library: ctypes.CDLL, case: Case, *device: int) -> None:
+    inputs = case.inputs()
+    results = Operator(library, FORWARD, *device)(case, inputs)
+    tolerance = max(TOLERANCE[dtype] for dtype in case.dtypes)
+    for result, expected in zip(results, case.expected(*inputs), strict=True):
+        atol = tolerance * max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=atol)
+    assert_same_bits(results, Operator(library, BACKWARD, *device)(case, inputs))
+
+
+OPERATORS = pytest.mark.parametrize("fused", [False, True], ids=["carafe", "carafe_upsample"])
+LAYOUTS = pytest.mark.parametrize(
+    "channels_last", [False, True], ids=["contiguous", "channels_last"]
+)
+MULTIPROCESSORS = [1, 132]
+
+
+# --------------------------------------------------------------------------------------- the sweep
+
+
+@OPERATORS
+@LAYOUTS
+@pytest.mark.parametrize(
+    ("kernel", "group", "scale"),
+    [
+        *((k, 1, s) for k, s in itertools.product((1, 3, 5, 7, 9), (1, 2, 3, 4))),
+        *((k, g, 2) for k, g in itertools.product((3, 5, 7, 9), (2, 3))),
+        (5, 6, 4),
+    ],
+)
+def test_parameters(emulation, kernel, group, scale, channels_last, fused):
+    for shape in ((2, 12, 3, 5), (1, 48, 6, 11)):
+        case = Case(shape, kernel, group, scale, channels_last=channels_last, fused=fused)
+        check(emulation, case)
+
+
+SHAPES = [
+    *((1, 1, 1, 1), (1, 4, 1, 9), (1, 3, 9, 1), (2, 4, 2, 2), (3, 8, 7, 13)),
+    *((2, 20, 14, 14), (1, 72, 5, 8), (1, 64, 7, 4), (1, 136, 3, 5), (1, 36, 1, 1)),
+    *((1, 4, 3, 70), (1, 16, 2, 67), (1, 24, 41, 3), (1, 12, 2, 33), (1, 2, 33, 31)),
 ]
+
+
+@OPERATORS
+@LAYOUTS
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(emulation, shape, channels_last, fused):
+    for kernel, multiprocessors in zip((3, 5, 7), (1, 132, 16), strict=True):
+        case = Case(shape, kernel, channels_last=channels_last, fused=fused)
+        check(emulation, case, multiprocessors)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3, 132])
+@LAYOUTS
+@pytest.mark.parametrize("shape", [(1, 72, 20, 9), (2, 32, 9, 40)], ids=str)
+def test_multiprocessors(emulation, shape, channels_last, multiprocessors):
+    for kernel, group in ((3, 1), (5, 2)):
+        case = Case(shape, kernel, group, channels_last=channels_last, fused=True)
+        check(emulation, case, multiprocessors)
+
+
 DTYPES = [(F64, F64), *itertools.product((F32, F16, BF16), repeat=2)]
 
 
-def compare(emulation, shape, parameters, dtypes, channels_last, fused):
-    (n, c, h, w), (k, g, s) = shape, parameters
-    generator = torch.Generator().manual_seed(k * 100 + s)
-    kernels_shape = (n, g * k * k * s * s, h, w) if fused else (n, g * k * k, h * s, w * s)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-
-    def random(size, dtype):
-        values = torch.randn(size, dtype=F64, generator=generator)
-        return values.to(dtype).contiguous(memory_format=layout)
-
-    features, kernels = random(shape, dtypes[0]), random(kernels_shape, dtypes[1])
-    grad_output = random((n, c, h * s, w * s), dtypes[0])
-    out, grad_features, grad_kernels = map(poisoned, (grad_output, features, kernels))
-
-    sizes = Shape(n, c, h, w, k, g, s, channels_last)
-    weights, x, dy = kernels_of(kernels, k, s, fused), map_of(features), map_of(grad_output)
-    calls = [
-        (emulation.emulate_forward, x, weights, map_of(out)),
-        (emulation.emulate_backward_features, dy, weights, map_of(grad_features)),
-        (emulation.emulate_backward_kernels, dy, x, weights, kernels_of(grad_kernels, k, s, fused)),
-    ]
-    for function, *arguments in calls:
-        function(ctypes.byref(sizes), *map(ctypes.byref, arguments))
-
-    exact = [tensor.double().requires_grad_() for tensor in (features, kernels)]
-    reference = carafe_upsample_naive if fused else carafe_naive
-    expected = reference(*exact, k, g, s)
-    expected_grads = torch.autograd.grad(expected, exact, grad_output.double())
-    tolerance = max(TOLERANCE[dtype] for dtype in dtypes)
-    for actual, wanted in zip(
-        (out, grad_features, grad_kernels), (expected, *expected_grads), strict=True
-    ):
-        atol = tolerance * max(1.0, wanted.abs().max().item())
-        torch.testing.assert_close(actual.double(), wanted.double(), rtol=tolerance, atol=atol)
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["carafe", "carafe_upsample"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("parameters", PARAMETERS, ids=lambda p: "k{}-g{}-s{}".format(*p))
-def test_kernels_match_the_definition(emulation, parameters, channels_last, fused):
-    for shape in SIZES:
-        if shape[1] % parameters[1] == 0:
-            compare(emulation, shape, parameters, (F32, F32), channels_last, fused)
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["carafe", "carafe_upsample"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@OPERATORS
+@LAYOUTS
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_every_pair_of_dtypes(emulation, dtypes, channels_last, fused):
-    compare(emulation, (2, 12, 3, 4), (5, 2, 2), dtypes, channels_last, fused)
+def test_dtypes(emulation, dtypes, channels_last, fused):
+    for kernel, group, scale in ((5, 2, 2), (3, 1, 1)):
+        case = Case((2, 40, 3, 9), kernel, group, scale, dtypes, channels_last, fused)
+        check(emulation, case)
+
+
+@OPERATORS
+@LAYOUTS
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("memory", ["unaligned", "cropped", "expanded"])
+def test_memory(emulation, memory, dtype, channels_last, fused):
+    """Nothing has to be aligned or dense, apart from the innermost dimension of maps."""
+    for shape, kernel in (((2, 20, 5, 9), 5), ((2, 16, 4, 8), 3), ((3, 7, 3, 6), 7)):
+        case = Case(shape, kernel, 1, 2, (dtype, dtype), channels_last, fused, memory)
+        check(emulation, case)
+
+
+@OPERATORS
+@LAYOUTS
+@pytest.mark.parametrize("dtypes", [(F32, F32), (F16, F32), (F64, F64)], ids=str)
+def test_general_kernels_loop_over_the_work(emulation, dtypes, channels_last, fused):
+    """They are the ones for sizes beyond those of a grid."""
+    for kernel, group, scale in ((5, 2, 2), (9, 1, 1)):
+        case = Case((2, 20, 6, 9), kernel, group, scale, dtypes, channels_last, fused)
+        check(emulation, case, 1, 2)
+
+
+def kernels_of_case(library: ctypes.CDLL, case: Case) -> set[str]:
+    """The namespaces of the kernels that run."""
+    library.take_launched()
+    Operator(library)(case, case.inputs())
+    names = library.take_launched().decode().splitlines()
+    return {name.removeprefix("carafe_d2::").split("::")[0] for name in names}
+
+
+@OPERATORS
+@LAYOUTS
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("dtypes", [pair for pair in DTYPES if F64 not in pair], ids=str)
+def test_there_are_special_kernels(emulation, dtypes, kernel, channels_last, fused):
+    """So that the sweep is about them."""
+    for group, scale in ((1, 2), (2, 4)):
+        shape = (1, 16 * group, 2, 3)
+        case = Case(shape, kernel, group, scale, dtypes, channels_last, fused)
+        layout = "channels_last" if channels_last else "contiguous"
+        assert kernels_of_case(emulation, case) == {layout}
+
+
+@LAYOUTS
+@pytest.mark.parametrize(
+    "case",
+    [Case(dtypes=(F64, F64)), Case(kernel=1), Case(kernel=9), Case(scale=1), Case(scale=3)],
+    ids=["float64", "k1", "k9", "s1", "s3"],
+)
+def test_there_are_general_kernels(emulation, case, channels_last):
+    assert kernels_of_case(emulation, replace(case, channels_last=channels_last)) == {"general"}
+
+
+# ----------------------------------------------------------------------------- promises and limits
+
+TYPICAL = [
+    Case((2, 40, 9, 11), kernel=5, group=2),
+    Case((1, 36, 14, 14), kernel=5, dtypes=(F16, F16)),
+    Case((1, 20, 6, 37), kernel=3, scale=4, dtypes=(BF16, F32)),
+    Case((1, 24, 8, 8), kernel=7),
+    Case((2, 12, 5, 5), kernel=3, scale=3),
+    Case((2, 6, 5, 5), dtypes=(F64, F64)),
+]
+TYPICAL_CASES = pytest.mark.parametrize("case", TYPICAL, ids=range(len(TYPICAL)))
+
+
+@OPERATORS
+@LAYOUTS
+@TYPICAL_CASES
+def test_results_do_not_depend_on_the_order_of_threads(emulation, case, channels_last, fused):
+    case = replace(case, channels_last=channels_last, fused=fused)
+    inputs = case.inputs()
+    for multiprocessors in MULTIPROCESSORS:
+        results = Operator(emulation, FORWARD, multiprocessors)(case, inputs)
+        for order in (FORWARD, BACKWARD, 2, 3):
+            assert_same_bits(results, Operator(emulation, order, multiprocessors)(case, inputs))
+
+
+@OPERATORS
+@LAYOUTS
+@TYPICAL_CASES
+def test_each_gradient_alone(emulation, case, channels_last, fused):
+    case = replace(case, channels_last=channels_last, fused=fused)
+    inputs, operator = case.inputs(), Operator(emulation)
+    both = operator.backward(case, *inputs)
+    of_features, nothing = operator.backward(case, *inputs, wanted=(True, False))
+    assert nothing is None
+    nothing, of_kernels = operator.backward(case, *inputs, wanted=(False, True))
+    assert nothing is None
+    assert_same_bits([of_features, of_kernels], both)
+
+
+@OPERATORS
+@LAYOUTS
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@TYPICAL_CASES
+def test_what_is_not_finite_stays_in_its_window(emulation, case, bad, channels_last, fused):
+    """A NaN or infinity reaches the results that depend on it, and no other."""
+    case = replace(case, channels_last=channels_last, fused=fused)
+    features, kernels, grad_output = case.inputs()
+    operator = Operator(emulation)
+    for h, w in ((0, 0), (2, 3), (case.shape[2] - 1, case.shape[3] - 1)):
+        inputs = features.clone(), kernels, grad_output.clone()
+        inputs[0][0, 1, h, w] = bad
+        inputs[2][0, 2, h * case.scale, w * case.scale] = bad
+        finite = [expected.isfinite() for expected in case.expected(*inputs)]
+        out, grad_features, grad_kernels = (result.isfinite() for result in operator(case, inputs))
+        assert torch.equal(out, finite[0])
+        assert torch.equal(grad_features, finite[1])
+        # Where a tap lies outside the map, the definition multiplies the gradient with zero.
+        assert torch.equal(grad_kernels | ~finite[2], torch.ones_like(grad_kernels))
+        assert grad_kernels.sum() < grad_kernels.numel()
+
+
+@OPERATORS
+@LAYOUTS
+def test_extreme_logits_and_weights(emulation, channels_last, fused):
+    for kernel in (3, 5):
+        case = Case(kernel=kernel, channels_last=channels_last, fused=fused)
+        features, kernels, grad_output = case.inputs()
+        kernels = kernels.clone()
+        kernels[:, 0] = 3e4
+        kernels[:, 1:4] = -3e4
+        inputs = features, kernels, grad_output
+        results = Operator(emulation)(case, inputs)
+        for result, expected in zip(results, case.expected(*inputs), strict=True):
+            atol = 2e-5 * max(1.0, expected.abs().max().item())
+            torch.testing.assert_close(result.double(), expected, rtol=2e-5, atol=atol)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("kernel", [3, 5, 9])
+def test_maps_without_channels_give_kernels_no_gradient(emulation, kernel, channels_last):
+    case = Case((1, 0, 3, 4), kernel, channels_last=channels_last)
+    _, gradient = Operator(emulation).backward(case, *case.inputs(), wanted=(False, True))
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+# ---------------------------------------------------------------------------------- sanitizers
+
+
+@pytest.fixture(scope="module")
+def run_sanitized(tmp_path_factory):
+    """Runs Python with an emulation that has AddressSanitizer and UBSan in it."""
+    folder = tmp_path_factory.mktemp("sanitized_emulation")
+    runtimes = []
+    for name in ("libasan.so", "libubsan.so"):  # they have to be loaded before Python
+        command = [shutil.which("g++") or pytest.skip("needs g++"), f"-print-file-name={name}"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if not os.path.isabs(found):
+            pytest.skip(f"the compiler comes without {name}")
+        runtimes.append(found)
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1"]
+    variables = {
+        SANITIZED: str(compiled(folder, *flags)),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself and PyTorch never free some memory
+        "LD_PRELOAD": ":".join(runtimes),
+        "PYTHONPATH": str(Path(carafe_d2.__file__).parents[1]),
+    }
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=folder,
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing(run_sanitized):
+    sweep = "test_shapes or test_memory or alone or without_channels"
+    result = run_sanitized(
+        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", sweep
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("problem", "report"),
+    [("too few rows", "heap-buffer-overflow"), ("misaligned pairs", "misaligned address")],
+)
+def test_sanitizers_are_at_work(run_sanitized, problem, report):
+    program = f"import runpy; runpy.run_path({__file__!r})['do_wrong']({problem!r})"
+    result = run_sanitized("-c", program)
+    assert result.returncode != 0
+    assert report in result.stderr
+
+
+def do_wrong(problem: str) -> None:
+    """What sanitizers have to notice; in the process that it ends."""
+    operator, case = Operator(load(os.environ[SANITIZED])), Case((1, 4, 6, 6), kernel=3)
+    features, kernels, out = case.inputs()
+    if problem == "too few rows":
+        features.untyped_storage().resize_(4 * 6 * 5 * 4)
+    else:  # the operator's own outputs are aligned, so kernels need not expect this
+        out = arranged(out, "unaligned", channels_last=False)
+    operator.forward_into(out, case, features, kernels)

@@ -1,62 +1,103 @@
 // The CUDA kernels of csrc/cuda under emulation, with a C interface for
 // tests/test_cuda_emulation.py.
-#include "cuda_emulation.h"
-
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+#include <utility>
 #include <vector>
 
+// clang-format off: the kernels come after what they run on
+#include "cuda_emulation.h"
 #include "../../csrc/cuda/carafe.cuh"
-#include "../../csrc/cuda/types.h"
+// clang-format on
 
 using namespace carafe_d2;
 
 namespace {
 
-constexpr unsigned kBlocks = 2;  // few, so that threads have to loop over the rest of the work
+// The GPU that is played, and what runs on it.
+struct Device {
+  unsigned order;  // of threads, see cuda_emulation::Block
+  int multiprocessors;
+  unsigned general_blocks;  // not 0: the general kernels only, which loop with so few blocks
+};
 
-template <typename Types>
-std::vector<typename Types::Accumulation> normalisers(Types, const Shape& shape,
-                                                      const Kernels& kernels) {
-  using A = typename Types::Accumulation;
-  std::vector<A> result(kernels.softmax ? pixel_count(shape) : 0);
-  if (kernels.softmax) {
-    emulate(normaliser_kernel<A, typename Types::Kernel>, kBlocks, kThreads, shape, kernels,
-            result.data());
+std::string launched;  // kernels, a line each
+
+// A Launcher as csrc/cuda/carafe.cuh wants it.
+class EmulatingLauncher {
+ public:
+  explicit EmulatingLauncher(const Device& device) : device_(device) {}
+
+  template <typename... Parameters, typename... Arguments>
+  void launch(void (*kernel)(Parameters...), dim3 grid, int threads,
+              const Arguments&... arguments) {
+    if (device_.general_blocks) grid.x = std::min(grid.x, device_.general_blocks);
+    launched += cuda_emulation::name_of(reinterpret_cast<void*>(kernel)) + "\n";
+    cuda_emulation::emulate(device_.order, kernel, grid, static_cast<unsigned>(threads),
+                            arguments...);
   }
-  return result;
-}
+
+  int multiprocessors() const { return device_.multiprocessors; }
+
+  // Aligned as CUDA's allocator does; filled with NaN.
+  void* temporary(size_t bytes) {
+    temporaries_.emplace_back(operator new(bytes, kAlignment));
+    return std::memset(temporaries_.back().get(), 0xff, bytes);
+  }
+
+ private:
+  static constexpr std::align_val_t kAlignment{256};
+  struct Delete {
+    void operator()(void* memory) const { operator delete(memory, kAlignment); }
+  };
+
+  const Device& device_;
+  std::vector<std::unique_ptr<void, Delete>> temporaries_;
+};
 
 }  // namespace
 
-extern "C" void emulate_forward(const Shape& shape, const Map& features, const Kernels& kernels,
-                                const Map& output) {
-  with_types(features, kernels, [&](auto types) {
-    using Types = decltype(types);
-    emulate(forward_kernel<typename Types::Accumulation, typename Types::Feature,
-                           typename Types::Kernel>,
-            kBlocks, kThreads, shape, features, kernels, output);
+extern "C" {
+
+// The names of the kernels launched since the last call.
+const char* take_launched() {
+  static std::string result;
+  result = std::exchange(launched, std::string());
+  return result.c_str();
+}
+
+const char* emulate_forward(const Device& device, const Shape& shape, const Map& features,
+                            const Kernels& kernels, const Map& output) {
+  return cuda_emulation::report_of([&] {
+    EmulatingLauncher launcher(device);
+    if (!device.general_blocks) return forward(launcher, shape, features, kernels, output);
+    with_types(features, kernels, [&](auto types) {
+      general::forward<decltype(types)>(launcher, shape, features, kernels, output);
+    });
   });
 }
 
-extern "C" void emulate_backward_features(const Shape& shape, const Map& grad_output,
-                                          const Kernels& kernels, const Map& grad_features) {
-  with_types(grad_output, kernels, [&](auto types) {
-    using Types = decltype(types);
-    const auto normaliser = normalisers(types, shape, kernels);
-    emulate(backward_features_kernel<typename Types::Accumulation, typename Types::Feature,
-                                     typename Types::Kernel>,
-            kBlocks, kThreads, shape, grad_output, kernels, normaliser.data(), grad_features);
+const char* emulate_backward(const Device& device, const Shape& shape, const Map& grad_output,
+                             const Map& features, const Kernels& kernels, const Map* grad_features,
+                             const Kernels* grad_kernels) {
+  return cuda_emulation::report_of([&] {
+    EmulatingLauncher launcher(device);
+    if (!device.general_blocks) {
+      return backward(launcher, shape, grad_output, features, kernels, grad_features, grad_kernels);
+    }
+    with_types(features, kernels, [&](auto types) {
+      using Types = decltype(types);
+      const auto* normalisers = general::normalisers<Types>(launcher, shape, kernels);
+      general::backward_features<Types>(launcher, shape, grad_output, kernels, normalisers,
+                                        *grad_features);
+      general::backward_kernels<Types>(launcher, shape, grad_output, features, kernels, normalisers,
+                                       *grad_kernels);
+    });
   });
 }
 
-extern "C" void emulate_backward_kernels(const Shape& shape, const Map& grad_output,
-                                         const Map& features, const Kernels& kernels,
-                                         const Kernels& grad_kernels) {
-  with_types(features, kernels, [&](auto types) {
-    using Types = decltype(types);
-    const auto normaliser = normalisers(types, shape, kernels);
-    emulate(backward_kernels_kernel<typename Types::Accumulation, typename Types::Feature,
-                                    typename Types::Kernel>,
-            kBlocks, kThreads, shape, grad_output, features, kernels, normaliser.data(),
-            grad_kernels);
-  });
-}
+}  // extern "C"

@@ -1,0 +1,593 @@
+// CUDA kernels for contiguous maps, kernel sizes 3, 5, 7 and even scales.
+//
+// Lanes are source locations. Neighbouring lanes have neighbouring columns, so whatever they read
+// or write coalesces, and every lane works on kernels of its own. A thread handles P of the s * s
+// subpixels of its location at a time, in passes.
+//
+// forward and backward_kernels: a warp has a tile of 8 x 4 locations. It walks over channels and
+// stages the tile's features, with a margin, in shared memory. A lane keeps its P * k * k weights,
+// or their gradients, in registers, so that a feature read once serves P multiplications. The warps
+// of a block take different channels of one tile and share the weights.
+//
+// backward_features: a warp has a strip of columns, walks down the rows and scatters. A lane keeps
+// sums for the k x k locations around its own, separately by column, so that lanes exchange values
+// only when a row is complete: k - 1 shuffles for P * k * k multiplications.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <type_traits>
+
+#include "device.cuh"
+
+namespace carafe_d2::contiguous {
+
+constexpr int kWarps = 4;  // of a block
+constexpr int kThreads = kWarps * kWarpSize;
+constexpr int kBlocksPerMultiprocessor = 3;  // which leaves 168 registers to a thread
+constexpr int kTileWidth = 8, kTileHeight = 4;
+
+// Weights of a 7 x 7 kernel for more subpixels than two would not fit into registers.
+template <int k>
+constexpr int kSubpixels = k == 7 ? 2 : 4;
+
+// Channels of a warp's tile in shared memory, and as many on their way.
+template <int k>
+constexpr int kStage = k == 7 ? 1 : 2;
+
+// Two horizontally adjacent values; a pair in a gradient that comes from elsewhere may be unaligned.
+template <typename T>
+__device__ __forceinline__ Vector<float, 2> load_pair(const T* source, bool aligned) {
+  Vector<T, 2> pair;
+  if (aligned) {
+    pair = *reinterpret_cast<const Vector<T, 2>*>(source);
+  } else {
+    pair = {source[0], source[1]};
+  }
+  return {to_float(pair.values[0]), to_float(pair.values[1])};
+}
+
+template <typename T>
+__device__ __forceinline__ void store_pair(float first, float second, T* target) {
+  Vector<T, 2> pair;
+  from_float(first, pair.values[0]);
+  from_float(second, pair.values[1]);
+  *reinterpret_cast<Vector<T, 2>*>(target) = pair;
+}
+
+// Offsets of pairs of subpixels from the top left output pixel of a location, in a row of `stride`.
+template <int P>
+struct Pairs {
+  int offsets[P / 2];
+
+  __device__ __forceinline__ Pairs(const Shape& shape, const Map& map, int pass) {
+    const int scale = static_cast<int>(shape.scale), stride = static_cast<int>(map.row);
+#pragma unroll
+    for (int i = 0; i < P / 2; ++i) {
+      const int p = pass * P + 2 * i;
+      offsets[i] = p / scale * stride + p % scale;
+    }
+  }
+};
+
+// ------------------------------------------------------------------- tiles of 8 x 4 locations
+
+// What a block of forward_kernel or backward_kernels_kernel works on: some subpixels of all
+// locations of a tile, in one group of one image. `split` is a part of the channels.
+struct Tile {
+  int64_t n, g;
+  int h, w;  // top left
+  int pass, split;
+
+  __device__ __forceinline__ Tile(const Shape& shape, int passes, int splits) {
+    const unsigned columns = static_cast<unsigned>(divide_up(shape.width, kTileWidth));
+    const unsigned rows = static_cast<unsigned>(divide_up(shape.height, kTileHeight));
+    unsigned index = blockIdx.x;
+    w = static_cast<int>(index % columns) * kTileWidth;
+    index /= columns;
+    h = static_cast<int>(index % rows) * kTileHeight;
+    index /= rows;
+    pass = index % passes;
+    index /= passes;
+    split = index % splits;
+    index /= splits;
+    g = index % static_cast<unsigned>(shape.groups);
+    n = index / static_cast<unsigned>(shape.groups);
+  }
+
+  __device__ __forceinline__ int row(int location) const { return h + location / kTileWidth; }
+  __device__ __forceinline__ int column(int location) const { return w + location % kTileWidth; }
+  __device__ __forceinline__ bool has(const Shape& shape, int location) const {
+    return row(location) < shape.height && column(location) < shape.width;
+  }
+};
+
+inline int64_t tiles(const Shape& shape) {
+  return shape.batch * shape.groups * divide_up(shape.height, kTileHeight) *
+         divide_up(shape.width, kTileWidth);
+}
+
+// Features of a warp's tile and its margin, on their way through registers to shared memory.
+template <int k, typename T>
+class Window {
+ public:
+  static constexpr int kWidth = kTileWidth + k - 1, kHeight = kTileHeight + k - 1;
+  // Rows of a pitch of 24 (8 modulo 32) lie in different banks for the four rows of a warp.
+  static constexpr int kPitch = 24;
+  static constexpr int kSize = kHeight * kPitch;
+
+  __device__ __forceinline__ Window(const Shape& shape, const Map& features, const Tile& tile,
+                                    int64_t first_channel, int lane)
+      : channel_(features.channel),
+        next_(static_cast<const T*>(features.data) + tile.n * features.batch +
+              (tile.g * shape.group_channels() + first_channel) * features.channel) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int position = lane + i * kWarpSize;
+      const int h = tile.h + position / kWidth - k / 2, w = tile.w + position % kWidth - k / 2;
+      const bool inside =
+          position < kWidth * kHeight && h >= 0 && h < shape.height && w >= 0 && w < shape.width;
+      offsets_[i] = inside ? h * static_cast<int>(features.row) + w : -1;
+    }
+  }
+
+  // Begins to read the next channels, of which `count` are left.
+  __device__ __forceinline__ void load(int count) {
+#pragma unroll
+    for (int c = 0; c < kStage<k>; ++c) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const bool wanted = offsets_[i] >= 0 && c < count;
+        values_[c][i] = wanted ? to_float(next_[offsets_[i]]) : 0;
+      }
+      next_ += channel_;
+    }
+  }
+
+  __device__ __forceinline__ void store(const SharedArray<float>& shared, int begin,
+                                        int lane) const {
+#pragma unroll
+    for (int c = 0; c < kStage<k>; ++c) {
+#pragma unroll
+      for (int i = 0; i < kLoads; ++i) {
+        const int position = lane + i * kWarpSize;
+        if (position >= kWidth * kHeight) continue;
+        shared.set(begin + c * kSize + position / kWidth * kPitch + position % kWidth,
+                   values_[c][i]);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kLoads = (kWidth * kHeight + kWarpSize - 1) / kWarpSize;
+
+  int64_t channel_;
+  const T* next_;
+  int offsets_[kLoads];  // negative outside the map
+  float values_[kStage<k>][kLoads];
+};
+
+// Calls prefetch(channels left) for every kStage channels of a warp, and then body(c, corner) for
+// each of these: c counts them, and `corner` is the index in shared memory of the feature under the
+// lane's first tap.
+template <int k, typename T, typename Prefetch, typename Body>
+__device__ __forceinline__ void for_channels(Window<k, T>& window, int count,
+                                             const SharedArray<float>& shared, int warp, int lane,
+                                             const Prefetch& prefetch, const Body& body) {
+  constexpr int kSize = Window<k, T>::kSize;
+  const int corner = lane / kTileWidth * Window<k, T>::kPitch + lane % kTileWidth;
+  const int first = warp * 2 * kStage<k> * kSize;
+  int buffer = first;
+  window.load(count);
+  for (; count > 0; count -= kStage<k>) {
+    // Two buffers in turns: whoever still reads the other one has not passed this barrier.
+    window.store(shared, buffer, lane);
+    __syncwarp();
+    prefetch(count);
+    window.load(count - kStage<k>);
+#pragma unroll
+    for (int c = 0; c < kStage<k>; ++c) {
+      if (c < count) body(c, buffer + c * kSize + corner);
+    }
+    buffer = 2 * first + kStage<k> * kSize - buffer;
+  }
+}
+
+// The channels of a group that are one of `parts`.
+struct Range {
+  int64_t begin;
+  int count;
+
+  __device__ __forceinline__ Range(const Shape& shape, int part, int parts) {
+    const int64_t size = divide_up(shape.group_channels(), parts);
+    begin = min(part * size, shape.group_channels());
+    count = static_cast<int>(min(size, shape.group_channels() - begin));
+  }
+};
+
+// The top left output pixel of a lane's location, in the output or its gradient.
+template <typename T>
+__device__ __forceinline__ T* first_output(const Shape& shape, const Map& map, const Tile& tile,
+                                           int64_t channel, int lane) {
+  return static_cast<T*>(map.data) + tile.n * map.batch +
+         (tile.g * shape.group_channels() + channel) * map.channel +
+         tile.row(lane) * shape.scale * map.row + tile.column(lane) * shape.scale;
+}
+
+template <int k, typename T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    forward_kernel(Shape shape, Map features, Kernels kernels, Map output, int splits) {
+  constexpr int P = kSubpixels<k>, kTaps = k * k;
+  SHARED_ARRAY(float, shared_weights, kTaps * kWarpSize * P);  // tap, location, subpixel
+  SHARED_ARRAY(float, shared_features, kWarps * 2 * kStage<k> * (Window<k, T>::kSize));
+  const Tile tile(shape, static_cast<int>(shape.subpixels() / P), splits);
+  const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
+
+  if (thread < kWarpSize * P) {
+    const int location = thread / P, p = tile.pass * P + thread % P;
+    float weights[kTaps] = {};
+    if (tile.has(shape, location)) {
+      const int64_t offset = kernel_offset(kernels, shape, tile.n, tile.g, tile.row(location),
+                                           tile.column(location), p);
+      load_weights(kernels, offset, weights);
+    }
+#pragma unroll
+    for (int t = 0; t < kTaps; ++t) shared_weights.set(t * kWarpSize * P + thread, weights[t]);
+  }
+  __syncthreads();
+  Vector<float, P> weights[kTaps];
+#pragma unroll
+  for (int t = 0; t < kTaps; ++t) {
+    weights[t] = shared_weights.template get<P>((t * kWarpSize + lane) * P);
+  }
+
+  const Range channels(shape, tile.split * kWarps + warp, splits * kWarps);
+  const bool inside = tile.has(shape, lane);
+  T* target = first_output<T>(shape, output, tile, channels.begin, lane);
+  const Pairs<P> pairs(shape, output, tile.pass);
+  Window<k, T> window(shape, features, tile, channels.begin, lane);
+  for_channels(
+      window, channels.count, shared_features, warp, lane, [](int) {},
+      [&](int, int corner) {
+        float sums[P] = {};
+#pragma unroll
+        for (int t = 0; t < kTaps; ++t) {
+          const float feature = shared_features.get(corner + t / k * Window<k, T>::kPitch + t % k);
+#pragma unroll
+          for (int p = 0; p < P; ++p) sums[p] += weights[t].values[p] * feature;
+        }
+#pragma unroll
+        for (int i = 0; i < P / 2; ++i) {
+          if (inside) store_pair(sums[2 * i], sums[2 * i + 1], target + pairs.offsets[i]);
+        }
+        target += output.channel;
+      });
+}
+
+template <int k, typename T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    backward_kernels_kernel(Shape shape, Map grad_output, Map features, Kernels kernels,
+                            Kernels grad_kernels, bool aligned) {
+  constexpr int P = kSubpixels<k>, kTaps = k * k;
+  SHARED_ARRAY(float, shared_sums, kTaps * kWarpSize * P);  // tap, location, subpixel
+  SHARED_ARRAY(float, shared_features, kWarps * 2 * kStage<k> * (Window<k, T>::kSize));
+  const Tile tile(shape, static_cast<int>(shape.subpixels() / P), 1);
+  const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
+
+  const Range channels(shape, warp, kWarps);
+  const bool inside = tile.has(shape, lane);
+  const T* source = first_output<T>(shape, grad_output, tile, channels.begin, lane);
+  const Pairs<P> pairs(shape, grad_output, tile.pass);
+  Window<k, T> window(shape, features, tile, channels.begin, lane);
+  Vector<float, 2> gradients[kStage<k>][P / 2];
+  Vector<float, P> sums[kTaps] = {};
+  for_channels(
+      window, channels.count, shared_features, warp, lane,
+      [&](int count) {
+#pragma unroll
+        for (int c = 0; c < kStage<k>; ++c) {
+#pragma unroll
+          for (int i = 0; i < P / 2; ++i) {
+            gradients[c][i] = {};
+            if (inside && c < count) {
+              gradients[c][i] = load_pair(source + pairs.offsets[i], aligned);
+            }
+          }
+          source += grad_output.channel;
+        }
+      },
+      [&](int c, int corner) {
+#pragma unroll
+        for (int t = 0; t < kTaps; ++t) {
+          const float feature = shared_features.get(corner + t / k * Window<k, T>::kPitch + t % k);
+#pragma unroll
+          for (int p = 0; p < P; ++p) {
+            sums[t].values[p] += gradients[c][p / 2].values[p % 2] * feature;
+          }
+        }
+      });
+
+  for (int i = 0; i < kWarps; ++i) {  // one warp after the other, always in the same order
+    if (warp == i) {
+#pragma unroll
+      for (int t = 0; t < kTaps; ++t) {
+        const int index = (t * kWarpSize + lane) * P;
+        Vector<float, P> total = sums[t];
+        if (i > 0) {
+          const Vector<float, P> before = shared_sums.template get<P>(index);
+#pragma unroll
+          for (int p = 0; p < P; ++p) total.values[p] += before.values[p];
+        }
+        shared_sums.set(index, total);
+      }
+    }
+    __syncthreads();
+  }
+
+  const int location = thread / P, p = tile.pass * P + thread % P;
+  if (thread >= kWarpSize * P || !tile.has(shape, location)) return;
+  float totals[kTaps];
+#pragma unroll
+  for (int t = 0; t < kTaps; ++t) totals[t] = shared_sums.get(t * kWarpSize * P + thread);
+  const int row = tile.row(location), column = tile.column(location);
+  store_weight_gradients(
+      totals, kernels, kernel_offset(kernels, shape, tile.n, tile.g, row, column, p), grad_kernels,
+      kernel_offset(grad_kernels, shape, tile.n, tile.g, row, column, p));
+}
+
+// --------------------------------------------------------------------------- strips of columns
+
+// Channels of a lane: as many as their sums, k * (k - 1) for each, leave registers for.
+template <int k>
+constexpr int kStripChannels = k == 3   ? 8
+                               : k == 5 ? 4
+                                        : 2;
+
+// How backward_features_kernel divides the work. A strip is as wide as a warp, or half of one where
+// the map is narrow, and consists of source locations; its outermost k / 2 columns of gradients are
+// incomplete unless they lie at the border of the map. A band is some rows of gradients.
+struct Strips {
+  int lanes;   // of a strip
+  int across;  // strips beside each other
+  int rows;    // of a band
+  int bands;   // below each other
+  int channel_blocks;
+  int64_t planes;  // groups of images, each with strips of its own
+
+  template <int k>
+  static Strips of(const Shape& shape, int multiprocessors) {
+    constexpr int kMargin = k - 1;
+    Strips result;
+    result.lanes = shape.width <= kWarpSize / 2 ? kWarpSize / 2 : kWarpSize;
+    result.across = static_cast<int>(
+        std::max<int64_t>(1, divide_up(shape.width - kMargin, result.lanes - kMargin)));
+    result.planes = shape.batch * shape.groups;
+    result.channel_blocks =
+        static_cast<int>(divide_up(shape.group_channels(), kWarps * kStripChannels<k>));
+    // A band also reads the k - 1 rows around it: only as many bands as the GPU has room for.
+    const int64_t resident = int64_t(kBlocksPerMultiprocessor) * multiprocessors;
+    const int64_t bands = std::max<int64_t>(1, 2 * resident / result.blocks_of_a_band());
+    result.rows = static_cast<int>(
+        std::max(divide_up(shape.height, bands), std::min<int64_t>(shape.height, 2 * kMargin)));
+    result.bands = static_cast<int>(divide_up(shape.height, result.rows));
+    return result;
+  }
+
+  CARAFE_HOST_DEVICE int strips_of_a_warp() const { return kWarpSize / lanes; }
+  int64_t blocks_of_a_band() const {
+    return divide_up(planes, strips_of_a_warp()) * across * channel_blocks;
+  }
+};
+
+// The source location of a lane in a strip, and whether the strip completes its gradient.
+struct Column {
+  int64_t n, g;
+  int w;
+  bool exists, complete;
+
+  __device__ __forceinline__ Column(const Shape& shape, const Strips& strips, int64_t strip,
+                                    int lane) {
+    const int position = lane % strips.lanes, margin = static_cast<int>(shape.kernel) - 1;
+    const int64_t plane = strip / strips.across * strips.strips_of_a_warp() + lane / strips.lanes;
+    const int index = static_cast<int>(strip % strips.across);
+    n = plane / shape.groups;
+    g = plane % shape.groups;
+    w = index * (strips.lanes - margin) + position;
+    exists = plane < strips.planes && w < shape.width;
+    complete = exists && (index == 0 || position >= margin / 2) &&
+               (index == strips.across - 1 || position < strips.lanes - margin / 2);
+  }
+};
+
+template <int k, typename T>
+__global__ void __launch_bounds__(kThreads, k == 7 ? 2 : kBlocksPerMultiprocessor)
+    backward_features_kernel(Shape shape, Map grad_output, Kernels kernels, Map grad_features,
+                             Strips strips, bool aligned) {
+  constexpr int P = kSubpixels<k>, kTaps = k * k, kRadius = k / 2, kChannels = kStripChannels<k>;
+  constexpr int kWeights = kTaps * kWarpSize * P;  // tap, lane, subpixel
+  SHARED_ARRAY(float, shared_weights, 2 * kWeights);
+  const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
+  unsigned block = blockIdx.x;
+  const int64_t first_channel =
+      (int64_t(block % strips.channel_blocks) * kWarps + warp) * kChannels;
+  block /= strips.channel_blocks;
+  const int height = static_cast<int>(shape.height);
+  const int begin = static_cast<int>(block % strips.bands) * strips.rows;
+  const int end = min(begin + strips.rows, height);
+  const int64_t strip = block / strips.bands;
+  const Column column(shape, strips, strip, lane);        // whose gradients this thread sums
+  const Column staged(shape, strips, strip, thread / P);  // one of whose weights it provides
+  const int64_t staged_offset = kernel_offset(kernels, shape, staged.n, staged.g, 0, staged.w, 0);
+  const int channels =
+      static_cast<int>(min(shape.group_channels() - first_channel, int64_t(kChannels)));
+  const int loaded = column.exists ? channels : 0, stored = column.complete ? channels : 0;
+  const int staged_rows = staged.exists ? height : 0;
+  const int position = lane % strips.lanes;
+
+  const int first_row = max(begin - kRadius, 0);  // of the source
+  const int64_t group_channel = column.g * shape.group_channels() + first_channel;
+  const T* source = static_cast<const T*>(grad_output.data) + column.n * grad_output.batch +
+                    group_channel * grad_output.channel +
+                    first_row * shape.scale * grad_output.row + column.w * shape.scale;
+  T* target = static_cast<T*>(grad_features.data) + column.n * grad_features.batch +
+              group_channel * grad_features.channel + (first_row - kRadius) * grad_features.row +
+              column.w;
+  const int passes = static_cast<int>(shape.subpixels() / P);
+  int buffer = 0;
+  // Of the k rows of locations around row h of the source. The first one is complete after it.
+  float sums[kChannels][k][k] = {};
+  // Adds up what the lanes have for a row of locations, and stores it.
+  const auto finish = [&](int row, const float (&parts)[kChannels][k]) {
+    if (row < begin) return;
+    T* next = target;
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+      float total = 0;
+#pragma unroll
+      for (int v = 0; v < k; ++v) {
+        const int from = position + kRadius - v;  // in the strip
+        const float part = __shfl_sync(kAllLanes, parts[c][v], lane + kRadius - v);
+        if (from >= 0 && from < strips.lanes) total += part;
+      }
+      if (c < stored) from_float(total, *next);
+      next += grad_features.channel;
+    }
+  };
+  for (int h = first_row; h < end + kRadius; ++h) {
+    // Adds one pass of row h. In the last one, the sums move up by a row on the way.
+    const auto add = [&](int pass, auto is_last) {
+      if (thread < kWarpSize * P) {
+        float weights[kTaps] = {};
+        if (h < staged_rows) {
+          load_weights(
+              kernels,
+              staged_offset + kernel_offset(kernels, shape, 0, 0, h, 0, pass * P + thread % P),
+              weights);
+        }
+#pragma unroll
+        for (int t = 0; t < kTaps; ++t) {
+          shared_weights.set(buffer + t * kWarpSize * P + thread, weights[t]);
+        }
+      }
+      Vector<float, 2> gradients[kChannels][P / 2];
+      const Pairs<P> pairs(shape, grad_output, pass);
+      const T* next = source;
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+#pragma unroll
+        for (int i = 0; i < P / 2; ++i) {
+          gradients[c][i] = {};
+          if (h < height && c < loaded) {
+            gradients[c][i] = load_pair(next + pairs.offsets[i], aligned);
+          }
+        }
+        next += grad_output.channel;
+      }
+      __syncthreads();
+      float complete[kChannels][k];
+#pragma unroll
+      for (int u = 0; u < k; ++u) {
+#pragma unroll
+        for (int v = 0; v < k; ++v) {
+          const Vector<float, P> weights =
+              shared_weights.template get<P>(buffer + ((u * k + v) * kWarpSize + lane) * P);
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) {
+            float sum = sums[c][u][v];
+#pragma unroll
+            for (int p = 0; p < P; ++p) {
+              sum += weights.values[p] * gradients[c][p / 2].values[p % 2];
+            }
+            if constexpr (!decltype(is_last)::value) {
+              sums[c][u][v] = sum;
+            } else if (u == 0) {
+              complete[c][v] = sum;
+            } else {
+              sums[c][u - 1][v] = sum;
+            }
+          }
+        }
+        if (decltype(is_last)::value && u == 0) finish(h - kRadius, complete);
+      }
+      buffer = kWeights - buffer;  // two in turns, so one barrier is enough
+    };
+    for (int pass = 0; pass < passes - 1; ++pass) add(pass, std::false_type());
+    add(passes - 1, std::true_type());
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) {
+#pragma unroll
+      for (int v = 0; v < k; ++v) sums[c][k - 1][v] = 0;
+    }
+    source += shape.scale * grad_output.row;
+    target += grad_features.row;
+  }
+}
+
+// ------------------------------------------------------------------------------------ launching
+
+template <typename T>
+bool pairs_aligned(const Map& map) {
+  const auto is_even = [](int64_t stride) { return stride % 2 == 0; };
+  return reinterpret_cast<uintptr_t>(map.data) % sizeof(Vector<T, 2>) == 0 && is_even(map.batch) &&
+         is_even(map.channel) && is_even(map.row);
+}
+
+// Calls body with the kernel size as a constant, or returns false where only the general kernels
+// will do. Within a channel of one image the kernels have 32-bit offsets into `maps`, and the limit
+// of a grid is 2^31 - 1 blocks.
+template <typename Body>
+bool with_kernel_size(const Shape& shape, std::initializer_list<Map> maps, const Body& body) {
+  const int64_t rows = shape.height * shape.scale, columns = shape.width * shape.scale;
+  for (const Map& map : maps) {
+    if (rows > (INT32_MAX - columns) / std::max<int64_t>(1, map.row)) return false;
+  }
+  const int64_t blocks_of_a_plane = rows * divide_up(columns, kTileWidth);
+  if (shape.batch * shape.channels > INT32_MAX / blocks_of_a_plane) return false;
+  if (shape.scale % 2 != 0) return false;
+  switch (shape.kernel) {
+    case 3: body(std::integral_constant<int, 3>()); return true;
+    case 5: body(std::integral_constant<int, 5>()); return true;
+    case 7: body(std::integral_constant<int, 7>()); return true;
+    default: return false;
+  }
+}
+
+template <typename T, typename Launcher>
+bool forward(Launcher& launcher, const Shape& shape, const Map& features, const Kernels& kernels,
+             const Map& output) {
+  return with_kernel_size(shape, {features, output}, [&](auto k) {
+    const int64_t blocks = tiles(shape) * shape.subpixels() / kSubpixels<k>;
+    // Small maps have few tiles: there, several blocks share the channels of one.
+    const int64_t resident = int64_t(kBlocksPerMultiprocessor) * launcher.multiprocessors();
+    const int64_t most = divide_up(shape.group_channels(), 4 * kStage<k> * kWarps);
+    const int splits =
+        static_cast<int>(std::max<int64_t>(1, std::min(2 * resident / blocks, most)));
+    launcher.launch(forward_kernel<k, T>, dim3(static_cast<unsigned>(blocks * splits)), kThreads,
+                    shape, features, kernels, output, splits);
+  });
+}
+
+template <typename T, typename Launcher>
+bool backward_features(Launcher& launcher, const Shape& shape, const Map& grad_output,
+                       const Kernels& kernels, const Map& grad_features) {
+  return with_kernel_size(shape, {grad_output, grad_features}, [&](auto k) {
+    const auto strips = Strips::of<k>(shape, launcher.multiprocessors());
+    launcher.launch(backward_features_kernel<k, T>,
+                    dim3(static_cast<unsigned>(strips.blocks_of_a_band() * strips.bands)), kThreads,
+                    shape, grad_output, kernels, grad_features, strips,
+                    pairs_aligned<T>(grad_output));
+  });
+}
+
+template <typename T, typename Launcher>
+bool backward_kernels(Launcher& launcher, const Shape& shape, const Map& grad_output,
+                      const Map& features, const Kernels& kernels, const Kernels& grad_kernels) {
+  return with_kernel_size(shape, {grad_output, features}, [&](auto k) {
+    const int64_t blocks = tiles(shape) * shape.subpixels() / kSubpixels<k>;
+    launcher.launch(backward_kernels_kernel<k, T>, dim3(static_cast<unsigned>(blocks)), kThreads,
+                    shape, grad_output, features, kernels, grad_kernels,
+                    pairs_aligned<T>(grad_output));
+  });
+}
+
+}  // namespace carafe_d2::contiguous

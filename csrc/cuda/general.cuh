@@ -1,0 +1,299 @@
+// CUDA kernels for everything that the specialised ones leave out: float64, odd scales, any kernel
+// size, any alignment.
+//
+// A thread owns what it writes (output values, feature gradients, or the kernel gradients of one
+// output pixel) and gathers what goes into it in a fixed order. Offsets are 64-bit throughout. T is
+// the type of the features, K that of the reassembly kernels in memory, A the accumulation type.
+#pragma once
+
+#include <algorithm>
+
+#include "device.cuh"
+
+namespace carafe_d2::general {
+
+constexpr int kThreads = 256;       // of a block; one has to fit, so nothing spills
+constexpr int kChannels = 8;        // that one thread handles at a time, in registers
+constexpr int kCachedTaps = 7 * 7;  // kernel gradients of a pixel that a thread keeps
+
+// An output pixel: subpixel (dy, dx) of source location (h, w) in group g of image n.
+struct Pixel {
+  int64_t n, g, h, w, dy, dx;
+};
+
+CARAFE_HOST_DEVICE int64_t pixel_count(const Shape& shape) {
+  return shape.batch * shape.groups * shape.height * shape.scale * shape.width * shape.scale;
+}
+
+// The pixel with this index in the order (n, g, y, x).
+__device__ __forceinline__ Pixel pixel_at(const Shape& shape, int64_t index) {
+  const int64_t width = shape.width * shape.scale, height = shape.height * shape.scale;
+  const int64_t x = index % width, y = index / width % height, plane = index / width / height;
+  return {plane / shape.groups, plane % shape.groups, y / shape.scale,
+          x / shape.scale,      y % shape.scale,      x % shape.scale};
+}
+
+__device__ __forceinline__ int64_t index_of(const Shape& shape, const Pixel& pixel) {
+  const int64_t y = pixel.h * shape.scale + pixel.dy, x = pixel.w * shape.scale + pixel.dx;
+  const int64_t plane = pixel.n * shape.groups + pixel.g;
+  return (plane * shape.height * shape.scale + y) * shape.width * shape.scale + x;
+}
+
+__device__ __forceinline__ int64_t pixel_offset(const Kernels& kernels, const Pixel& pixel) {
+  return pixel.n * kernels.batch + pixel.g * kernels.group + pixel.h * kernels.row +
+         pixel.dy * kernels.sub_row + pixel.w * kernels.column + pixel.dx * kernels.sub_column;
+}
+
+__device__ __forceinline__ int64_t output_offset(const Shape& shape, const Map& map,
+                                                 const Pixel& pixel) {
+  return pixel.n * map.batch + pixel.g * shape.group_channels() * map.channel +
+         (pixel.h * shape.scale + pixel.dy) * map.row +
+         (pixel.w * shape.scale + pixel.dx) * map.column;
+}
+
+// log(sum of exp(logit) over the taps): the weight of a tap is exp(logit - this).
+template <typename A, typename K>
+__device__ __forceinline__ A log_sum_exp(const K* taps, int64_t count, int64_t stride) {
+  A largest = to_float(taps[0]);
+  for (int64_t t = 1; t < count; ++t) {
+    const A value = to_float(taps[t * stride]);
+    largest = value > largest ? value : largest;
+  }
+  A sum = 0;
+  for (int64_t t = 0; t < count; ++t) sum += exponential(to_float(taps[t * stride]) - largest);
+  return largest + logarithm(sum);
+}
+
+template <typename A, typename K>
+__device__ __forceinline__ A weight_of(const Kernels& kernels, const K* tap, A normaliser) {
+  const A value = to_float(*tap);
+  return kernels.softmax ? exponential(value - normaliser) : value;
+}
+
+// The channels of one thread: `first`, `first + step`, ... below `count`. In channels last adjacent
+// threads take adjacent channels, otherwise they take adjacent pixels; either way their accesses
+// coalesce.
+struct Channels {
+  int64_t item;  // index of the pixel or location
+  int64_t first, step, count;
+};
+
+CARAFE_HOST_DEVICE int64_t channel_blocks(const Shape& shape) {
+  return (shape.group_channels() + kChannels - 1) / kChannels;
+}
+
+__device__ __forceinline__ Channels channels_at(const Shape& shape, int64_t items, int64_t index) {
+  const int64_t blocks = channel_blocks(shape);
+  if (shape.channels_last) return {index / blocks, index % blocks, blocks, shape.group_channels()};
+  return {index % items, index / items * kChannels, 1, shape.group_channels()};
+}
+
+// out = sum over taps of weight * feature; a thread computes one pixel of up to kChannels channels.
+template <typename A, typename T, typename K>
+__global__ void __launch_bounds__(kThreads, 1)
+    forward_kernel(Shape shape, Map features, Kernels kernels, Map output) {
+  const int64_t pixels = pixel_count(shape), threads = pixels * channel_blocks(shape);
+  const int64_t radius = shape.radius();
+  for (int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; index < threads;
+       index += int64_t(gridDim.x) * blockDim.x) {
+    const Channels channels = channels_at(shape, pixels, index);
+    const Pixel pixel = pixel_at(shape, channels.item);
+    const K* taps = static_cast<const K*>(kernels.data) + pixel_offset(kernels, pixel);
+    const A normaliser = kernels.softmax ? log_sum_exp<A>(taps, shape.taps(), kernels.tap) : A(0);
+    const T* source = static_cast<const T*>(features.data) + pixel.n * features.batch +
+                      pixel.g * shape.group_channels() * features.channel;
+    A sum[kChannels] = {};
+    for (int64_t u = 0; u < shape.kernel; ++u) {
+      const int64_t y = pixel.h + u - radius;
+      if (y < 0 || y >= shape.height) continue;
+      for (int64_t v = 0; v < shape.kernel; ++v) {
+        const int64_t x = pixel.w + v - radius;
+        if (x < 0 || x >= shape.width) continue;
+        const A weight =
+            weight_of<A>(kernels, taps + (u * shape.kernel + v) * kernels.tap, normaliser);
+        const T* location = source + y * features.row + x * features.column;
+#pragma unroll
+        for (int i = 0; i < kChannels; ++i) {
+          const int64_t c = channels.first + i * channels.step;
+          if (c < channels.count) sum[i] += weight * to_float(location[c * features.channel]);
+        }
+      }
+    }
+    T* target = static_cast<T*>(output.data) + output_offset(shape, output, pixel);
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) {
+      const int64_t c = channels.first + i * channels.step;
+      if (c < channels.count) from_float(sum[i], target[c * output.channel]);
+    }
+  }
+}
+
+// Normalisers of the softmax, one for each group and output pixel, for the two kernels below.
+template <typename A, typename K>
+__global__ void __launch_bounds__(kThreads, 1)
+    normaliser_kernel(Shape shape, Kernels kernels, A* normalisers) {
+  for (int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; index < pixel_count(shape);
+       index += int64_t(gridDim.x) * blockDim.x) {
+    const K* taps =
+        static_cast<const K*>(kernels.data) + pixel_offset(kernels, pixel_at(shape, index));
+    normalisers[index] = log_sum_exp<A>(taps, shape.taps(), kernels.tap);
+  }
+}
+
+// Gradient of the features, gathered from the output pixels that a location contributed to; a
+// thread computes one location of up to kChannels channels.
+template <typename A, typename T, typename K>
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_features_kernel(Shape shape, Map grad_output, Kernels kernels, const A* normalisers,
+                             Map grad_features) {
+  const int64_t locations = shape.batch * shape.groups * shape.height * shape.width;
+  const int64_t threads = locations * channel_blocks(shape), radius = shape.radius();
+  for (int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; index < threads;
+       index += int64_t(gridDim.x) * blockDim.x) {
+    const Channels channels = channels_at(shape, locations, index);
+    const int64_t x = channels.item % shape.width;
+    const int64_t y = channels.item / shape.width % shape.height;
+    const int64_t plane = channels.item / shape.width / shape.height;
+    const int64_t n = plane / shape.groups, g = plane % shape.groups;
+    A sum[kChannels] = {};
+    for (int64_t u = shape.kernel - 1; u >= 0; --u) {
+      const int64_t h = y - u + radius;
+      if (h < 0 || h >= shape.height) continue;
+      for (int64_t v = shape.kernel - 1; v >= 0; --v) {
+        const int64_t w = x - v + radius;
+        if (w < 0 || w >= shape.width) continue;
+        for (int64_t p = 0; p < shape.subpixels(); ++p) {
+          const Pixel pixel{n, g, h, w, p / shape.scale, p % shape.scale};
+          const K* tap = static_cast<const K*>(kernels.data) + pixel_offset(kernels, pixel) +
+                         (u * shape.kernel + v) * kernels.tap;
+          const A normaliser = kernels.softmax ? normalisers[index_of(shape, pixel)] : A(0);
+          const A weight = weight_of<A>(kernels, tap, normaliser);
+          const T* source =
+              static_cast<const T*>(grad_output.data) + output_offset(shape, grad_output, pixel);
+#pragma unroll
+          for (int i = 0; i < kChannels; ++i) {
+            const int64_t c = channels.first + i * channels.step;
+            if (c < channels.count) sum[i] += weight * to_float(source[c * grad_output.channel]);
+          }
+        }
+      }
+    }
+    T* target = static_cast<T*>(grad_features.data) + n * grad_features.batch +
+                g * shape.group_channels() * grad_features.channel + y * grad_features.row +
+                x * grad_features.column;
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) {
+      const int64_t c = channels.first + i * channels.step;
+      if (c < channels.count) from_float(sum[i], target[c * grad_features.channel]);
+    }
+  }
+}
+
+// Gradient of the weight of tap (u, v) of a pixel: the product of output gradient and feature, summed
+// over the channels.
+template <typename A, typename T>
+__device__ __forceinline__ A weight_gradient(const Shape& shape, const Map& grad_output,
+                                             const Map& features, const Pixel& pixel, int64_t u,
+                                             int64_t v) {
+  const int64_t y = pixel.h + u - shape.radius(), x = pixel.w + v - shape.radius();
+  if (y < 0 || y >= shape.height || x < 0 || x >= shape.width) return 0;
+  const T* gradient =
+      static_cast<const T*>(grad_output.data) + output_offset(shape, grad_output, pixel);
+  const T* feature = static_cast<const T*>(features.data) + pixel.n * features.batch +
+                     pixel.g * shape.group_channels() * features.channel + y * features.row +
+                     x * features.column;
+  A sum = 0;
+  for (int64_t c = 0; c < shape.group_channels(); ++c) {
+    sum += A(to_float(gradient[c * grad_output.channel])) * to_float(feature[c * features.channel]);
+  }
+  return sum;
+}
+
+// Gradient of masks or logits; a thread computes all taps of one pixel. Through the softmax
+// m = softmax(logits): grad logits[t] = m[t] * (grad m[t] - sum over t' of m[t'] * grad m[t']).
+template <typename A, typename T, typename K>
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_kernels_kernel(Shape shape, Map grad_output, Map features, Kernels kernels,
+                            const A* normalisers, Kernels grad_kernels) {
+  for (int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; index < pixel_count(shape);
+       index += int64_t(gridDim.x) * blockDim.x) {
+    const Pixel pixel = pixel_at(shape, index);
+    const K* taps = static_cast<const K*>(kernels.data) + pixel_offset(kernels, pixel);
+    K* grad_taps = static_cast<K*>(grad_kernels.data) + pixel_offset(grad_kernels, pixel);
+    const A normaliser = kernels.softmax ? normalisers[index] : A(0);
+    A cache[kCachedTaps];
+    A sum = 0;
+    if (kernels.softmax) {
+      int t = 0;
+      for (int u = 0; u < shape.kernel; ++u) {
+        for (int v = 0; v < shape.kernel; ++v, ++t) {
+          const A gradient = weight_gradient<A, T>(shape, grad_output, features, pixel, u, v);
+          sum += weight_of<A>(kernels, taps + t * kernels.tap, normaliser) * gradient;
+          if (t < kCachedTaps) cache[t] = gradient;
+        }
+      }
+    }
+    int t = 0;
+    for (int u = 0; u < shape.kernel; ++u) {
+      for (int v = 0; v < shape.kernel; ++v, ++t) {
+        A gradient = kernels.softmax && t < kCachedTaps
+                         ? cache[t]
+                         : weight_gradient<A, T>(shape, grad_output, features, pixel, u, v);
+        if (kernels.softmax) {
+          gradient = weight_of<A>(kernels, taps + t * kernels.tap, normaliser) * (gradient - sum);
+        }
+        from_float(gradient, grad_taps[t * grad_kernels.tap]);
+      }
+    }
+  }
+}
+
+// Kernels loop over the work for which a grid has not enough blocks.
+inline dim3 grid(int64_t threads) {
+  return dim3(
+      static_cast<unsigned>(std::min<int64_t>((threads + kThreads - 1) / kThreads, INT32_MAX)));
+}
+
+// Normalisers of the softmax, one for each group and output pixel; null without a softmax.
+template <typename Types, typename Launcher>
+typename Types::Accumulation* normalisers(Launcher& launcher, const Shape& shape,
+                                          const Kernels& kernels) {
+  using A = typename Types::Accumulation;
+  if (!kernels.softmax) return nullptr;
+  const int64_t pixels = pixel_count(shape);
+  A* result = static_cast<A*>(launcher.temporary(pixels * sizeof(A)));
+  launcher.launch(normaliser_kernel<A, typename Types::Kernel>, grid(pixels), kThreads, shape,
+                  kernels, result);
+  return result;
+}
+
+template <typename Types, typename Launcher>
+void forward(Launcher& launcher, const Shape& shape, const Map& features, const Kernels& kernels,
+             const Map& output) {
+  launcher.launch(
+      forward_kernel<typename Types::Accumulation, typename Types::Feature, typename Types::Kernel>,
+      grid(pixel_count(shape) * channel_blocks(shape)), kThreads, shape, features, kernels, output);
+}
+
+template <typename Types, typename Launcher>
+void backward_features(Launcher& launcher, const Shape& shape, const Map& grad_output,
+                       const Kernels& kernels, const typename Types::Accumulation* normaliser,
+                       const Map& grad_features) {
+  using A = typename Types::Accumulation;
+  const int64_t locations = shape.batch * shape.groups * shape.height * shape.width;
+  launcher.launch(backward_features_kernel<A, typename Types::Feature, typename Types::Kernel>,
+                  grid(locations * channel_blocks(shape)), kThreads, shape, grad_output, kernels,
+                  normaliser, grad_features);
+}
+
+template <typename Types, typename Launcher>
+void backward_kernels(Launcher& launcher, const Shape& shape, const Map& grad_output,
+                      const Map& features, const Kernels& kernels,
+                      const typename Types::Accumulation* normaliser, const Kernels& grad_kernels) {
+  using A = typename Types::Accumulation;
+  launcher.launch(backward_kernels_kernel<A, typename Types::Feature, typename Types::Kernel>,
+                  grid(pixel_count(shape)), kThreads, shape, grad_output, features, kernels,
+                  normaliser, grad_kernels);
+}
+
+}  // namespace carafe_d2::general

@@ -1,0 +1,214 @@
+"""What nvcc makes of the CUDA kernels, for GPUs of every supported generation; needs no GPU.
+
+Where `make` has just built the operator for all of them its compiler log and object files are
+used, otherwise the kernels are compiled here, which takes minutes.
+"""
+
+import importlib.util
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from setuptools import Distribution, Extension
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "operator-cuda"
+KERNEL_SOURCES = [*ROOT.glob("csrc/cuda/*"), *ROOT.glob("csrc/*.h")]
+ARCHS = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+SASS_ARCH = "sm_80"  # whose machine code is looked into
+
+setup = runpy.run_path(str(ROOT / "setup.py"))
+NVCC = setup["find_nvcc"]()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None, reason="needs nvcc"),
+]
+
+
+def find_tool(name: str) -> str:
+    """Path of one of CUDA's tools; Triton, which PyTorch brings along, has some of them, too."""
+    triton = importlib.util.find_spec("triton")
+    candidates = [shutil.which(name), str(Path(NVCC).with_name(name))]
+    if triton:
+        candidates.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name))
+    for candidate in candidates:
+        if candidate and Path(candidate).is_file():
+            return candidate
+    pytest.skip(f"needs {name}")
+
+
+def ninja_file(sources: list[str], machine: list[str], ptx: list[str]) -> str:
+    extension = Extension("carafe_d2._C", sources)
+    return setup["BuildOperator"](Distribution()).ninja_file(extension, NVCC, machine, ptx)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    logs: list[str]  # of `nvcc -Xptxas -v`
+    objects: list[Path]  # which hold machine code for SASS_ARCH
+
+
+def compiled_by_the_build() -> Compiled | None:
+    """What setup.py left behind, unless it is out of date or for other GPUs."""
+    logs = sorted(BUILD.glob("*.cu.o.log"))
+    newest = max(source.stat().st_mtime for source in KERNEL_SOURCES)
+    if not logs or min(log.stat().st_mtime for log in logs) < newest:
+        return None
+    texts = [log.read_text() for log in logs]
+    if not all(f"for '{arch}'" in text for text in texts for arch in ARCHS):
+        return None
+    return Compiled(texts, sorted(BUILD.glob("*.cu.o")))
+
+
+def compile_kernel_file(source: Path, arch: str, output: Path) -> str:
+    """Compiles for one architecture, with the flags that setup.py uses; returns nvcc's log."""
+    flags = re.search(r"^nvccflags = (.*)$", ninja_file([], [], []), re.MULTILINE)[1]
+    code = f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}"
+    command = [NVCC, *shlex.split(flags), code, "-Xptxas", "-v", "-cubin", source, "-o", output]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stderr
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> Compiled:
+    if found := compiled_by_the_build():
+        return found
+    folder = tmp_path_factory.mktemp("nvcc")
+    jobs = [(source, arch) for arch in ARCHS for source in ROOT.glob("csrc/cuda/*.cu")]
+    outputs = [folder / f"{source.stem}.{arch}.cubin" for source, arch in jobs]
+    with ThreadPoolExecutor(2) as pool:
+        logs = list(pool.map(compile_kernel_file, *zip(*jobs, strict=True), outputs))
+    return Compiled(logs, [path for path in outputs if f".{SASS_ARCH}." in path.name])
+
+
+def demangled(name: str) -> str:
+    if shutil.which("c++filt") is None:
+        return name
+    return subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip()
+
+
+# ---------------------------------------------------------------------------------- resources
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel, or a function that it calls, takes on one architecture."""
+
+    arch: str
+    name: str  # mangled
+    spilled_bytes: int  # written and read
+
+    def __str__(self) -> str:
+        return f"{self.arch}: {self.spilled_bytes} bytes spilled in {demangled(self.name)}"
+
+
+def parse(log: str) -> Iterator[Resources]:
+    """The functions in a log of ptxas; each follows the name of a kernel with its architecture."""
+    arch = None
+    for match in re.finditer(
+        r"Compiling entry function '\S+' for '(?P<arch>\w+)'"
+        r"|Function properties for (?P<name>\S+)\s+\d+ bytes stack frame, "
+        r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads",
+        log,
+    ):
+        if match["arch"]:
+            arch = match["arch"]
+        else:
+            yield Resources(arch, match["name"], int(match["stores"]) + int(match["loads"]))
+
+
+def test_no_kernel_spills_registers(compiled):
+    functions = [function for log in compiled.logs for function in parse(log)]
+    for arch in ARCHS:
+        assert any("forward" in f.name for f in functions if f.arch == arch), arch
+    spilling = [str(function) for function in functions if function.spilled_bytes]
+    assert not spilling, "\n".join(spilling)
+
+
+def test_spills_are_noticed(tmp_path):
+    source = tmp_path / "spilling.cu"
+    source.write_text(
+        "__global__ void __launch_bounds__(1024) forward(float* x) {\n"
+        "  float values[96];\n"
+        "#pragma unroll\n"
+        "  for (int i = 0; i < 96; ++i) values[i] = x[i * 1024 + threadIdx.x];\n"
+        "  __syncthreads();\n"
+        "#pragma unroll\n"
+        "  for (int i = 0; i < 96; ++i) x[(95 - i) * 512 + threadIdx.x] = values[i];\n"
+        "}\n"
+    )
+    log = compile_kernel_file(source, SASS_ARCH, tmp_path / "spilling.cubin")
+    (function,) = parse(log)
+    assert function.spilled_bytes > 0
+    assert re.fullmatch(r"sm_80: \d+ bytes spilled in forward\(float\*\)", str(function))
+
+
+# -------------------------------------------------------------------------------- machine code
+
+
+@pytest.fixture(scope="module")
+def machine_code(compiled) -> dict[str, str]:
+    """SASS by the demangled name of the kernel."""
+    cuobjdump = find_tool("cuobjdump")
+    functions = {}
+    for path in compiled.objects:
+        command = [cuobjdump, "-sass", "-arch", SASS_ARCH, path]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for function in listing.split("Function : ")[1:]:
+            name, code = function.split("\n", 1)
+            functions[demangled(name)] = code
+    assert functions
+    return functions
+
+
+def test_no_kernel_uses_atomics(machine_code):
+    """Sums in an order that changes from run to run would not be bitwise deterministic."""
+    pattern = re.compile(r"\b(?:ATOM|ATOMG|ATOMS|RED)\.")
+    assert not [name for name, code in machine_code.items() if pattern.search(code)]
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward_features", "backward_kernels"])
+def test_channels_last_float32_kernels_load_16_bytes_at_a_time(machine_code, kernel):
+    """Of a contiguous map, a thread loads the value of its column; of this one, some channels."""
+    other_types = re.compile(r"Half|BFloat16|double")
+    candidates = {
+        name: code
+        for name, code in machine_code.items()
+        if f"channels_last::{kernel}" in name and not other_types.search(name)
+    }
+    loads = re.compile(r"\bLDG(?:STS)?\.E\.(?:\w+\.)*128\b")
+    missing = [name for name, code in candidates.items() if not loads.search(code)]
+    assert candidates
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("requested", "machine", "ptx"),
+    [("8.0;9.0+PTX", ["sm_80", "sm_90"], ["sm_90"]), ("7.5 12.0", ["sm_75", "sm_120"], [])],
+)
+def test_holds_what_torch_cuda_arch_list_asks_for(requested, machine, ptx, tmp_path, monkeypatch):
+    cuobjdump = find_tool("cuobjdump")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", requested)
+    source = tmp_path / "tiny.cu"
+    source.write_text("__global__ void tiny(float* x) { *x = 1; }\n")
+    text = ninja_file([str(source)], *setup["cuda_archs"](NVCC))
+    (tmp_path / "build.ninja").write_text(text)
+    ninja = [sys.executable, "-m", "ninja", "-C", tmp_path, "tiny.cu.o"]
+    subprocess.run(ninja, check=True, stdout=subprocess.DEVNULL)
+
+    def listed(option: str) -> list[str]:
+        command = [cuobjdump, option, tmp_path / "tiny.cu.o"]
+        listing = subprocess.run(command, capture_output=True, text=True).stdout
+        return sorted(re.findall(r"\.(sm_\w+)\.(?:cubin|ptx)", listing))
+
+    assert listed("--list-elf") == sorted(machine)
+    assert listed("--list-ptx") == ptx
