@@ -198,8 +198,9 @@ def test_opcheck(operator, reference, case, device):
 
 
 @OPERATORS
-def test_only_the_gradient_that_is_needed_is_computed(operator, reference):
-    features, kernels = Case().inputs(operator)
+@pytest.mark.parametrize("device", DEVICES)
+def test_only_the_gradient_that_is_needed_is_computed(operator, reference, device):
+    features, kernels = Case().inputs(operator, device)
     out = operator(features.detach(), kernels, *Case().parameters)
     (grad,) = torch.autograd.grad(out.sum(), kernels)
     assert grad.shape == kernels.shape
@@ -313,11 +314,13 @@ def test_allocates_nothing_but_results(operator, reference, dtype, layout):
 
 
 @OPERATORS
-def test_compiles_into_one_graph_with_dynamic_shapes(operator, reference):
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_into_one_graph_with_dynamic_shapes(operator, reference, device):
+    torch.compiler.reset()
     compiled = torch.compile(operator, fullgraph=True, dynamic=True, backend="aot_eager")
     for stance, shape in (("default", (2, 6, 4, 5)), ("fail_on_recompile", (3, 6, 7, 3))):
         case = Case(shape, dtype=F32)
-        inputs = case.inputs(operator)
+        inputs = case.inputs(operator, device)
         with torch.compiler.set_stance(stance):
             out = compiled(*inputs, *case.parameters)
         torch.testing.assert_close(out, operator(*inputs, *case.parameters))
@@ -466,10 +469,12 @@ def test_tensors_on_two_devices_are_refused(operator, reference):
 
 @pytest.mark.gpu
 @OPERATORS
-def test_features_on_gpu_with_kernels_on_cpu_are_refused(operator, reference):
+def test_one_tensor_on_gpu_and_one_on_cpu_are_refused(operator, reference):
     features, kernels = Case().inputs(operator)
     with pytest.raises(RuntimeError, match=r"expected a tensor on cuda:0.*but got cpu"):
         operator(features.cuda(), kernels, *Case().parameters)
+    with pytest.raises(RuntimeError, match=r"expected a tensor on cpu.*but got cuda:0"):
+        operator(features, kernels.cuda(), *Case().parameters)
 
 
 @OPERATORS
@@ -497,26 +502,28 @@ def test_output_gradient_on_another_device_is_refused(operator, reference):
         backward_of(operator)(grad_output, *inputs, *Case().parameters, True, True)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [F16, BF16])
-def test_half_conversions_are_those_of_pytorch(dtype):
+def test_half_conversions_are_those_of_pytorch(dtype, device):
     """All 2^16 values in, and roundings, subnormals, overflow, infinities and NaN out."""
     everything = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
-    everything = everything.view(1, 1, 256, 256)
-    one = torch.ones(1, 1, 256, 256)
+    everything = everything.view(1, 1, 256, 256).to(device)
+    one = torch.ones(1, 1, 256, 256, device=device)
     same = carafe(everything, one, 1, 1, 1)
     torch.testing.assert_close(same, everything, rtol=0, atol=0, equal_nan=True)
 
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (65536,), generator=generator).to(torch.int32)
-    values = torch.cat([bits.view(F32), everything.float().flatten() * (1 + 2**-11)])
+    values = torch.cat([bits.view(F32), everything.cpu().float().flatten() * (1 + 2**-11)])
     # features of one and masks that vary give the gradient of the features: a rounded sum of one
-    values = values.view(1, 1, 256, 512)
+    values = values.view(1, 1, 256, 512).to(device)
     ones = torch.ones_like(values, dtype=dtype)
     rounded = carafe(ones, values, 1, 1, 1)
     torch.testing.assert_close(rounded, values.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-def test_softmax_of_extreme_logits():
+@pytest.mark.parametrize("device", DEVICES)
+def test_softmax_of_extreme_logits(device):
     """Large, very negative and infinite logits, as torch.softmax handles them."""
     logits = torch.randn(1, 9, 4, 4)
     logits[0, 0] = 3e4
@@ -524,7 +531,7 @@ def test_softmax_of_extreme_logits():
     logits[0, 2, :2] = -torch.inf
     logits[0, 3, 0, 0] = torch.nan
     logits[0, :, 1, 1] = torch.linspace(-110, 0, 9)
-    features = torch.randn(1, 2, 4, 4)
+    features, logits = torch.randn(1, 2, 4, 4).to(device), logits.to(device)
     out = carafe_upsample(features, logits, 3, 1, 1)
     expected = carafe_upsample_naive(features, logits, 3, 1, 1)
     torch.testing.assert_close(out, expected, equal_nan=True)

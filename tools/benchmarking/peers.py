@@ -237,7 +237,11 @@ PEERS = {
 
 
 def mmcv_peers() -> dict[str, Peer]:
-    """The operator and the upsampler of mmcv; empty where mmcv is not built with them."""
+    """The operator and the upsampler of mmcv; empty where there is none.
+
+    They come from an mmcv that is built with its operators, or from tools/build_mmcv_carafe.py.
+    mmcv takes every tensor for contiguous and would read another layout wrongly.
+    """
     try:
         from mmcv import ops
     except ImportError:
@@ -246,8 +250,14 @@ def mmcv_peers() -> dict[str, Peer]:
     def operator(features: Tensor, masks: Tensor, *sizes: int) -> Tensor:
         return ops.carafe(features.contiguous(), masks.contiguous(), *sizes)
 
+    class ContiguousCARAFEPack(ops.CARAFEPack):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.contiguous())
+
     def pack(channels: int, scale_factor: int, kernel_size: int, group_size: int) -> nn.Module:
-        return ops.CARAFEPack(channels, scale_factor, up_kernel=kernel_size, up_group=group_size)
+        return ContiguousCARAFEPack(
+            channels, scale_factor, up_kernel=kernel_size, up_group=group_size
+        )
 
     return {
         "operator/mmcv": Peer(operator, "mmcv.ops.carafe", is_carafe=True, limits=_gpu_only),
