@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 def add_carafe_config(cfg: CN) -> None:
     """Adds the keys of CARAFE models, with the published defaults, to a Detectron2 config."""
-    # The CARAFE upsamplers of pyramid and mask head; names as in the arguments of CARAFEPack.
+    # The CARAFE upsamplers of pyramid and heads; names as in the arguments of CARAFEPack.
     cfg.MODEL.CARAFE = CN()
     # Side of the reassembly kernel, odd.
     cfg.MODEL.CARAFE.UP_KERNEL = 5
@@ -32,6 +32,9 @@ def add_carafe_config(cfg: CN) -> None:
     cfg.MODEL.FPN.UPSAMPLE = "carafe"
     # How MaskRCNNCarafeUpsampleHead upsamples: carafe, deconv (the stock head), nearest, bilinear.
     cfg.MODEL.ROI_MASK_HEAD.UPSAMPLE = "carafe"
+    # How CarafeSemSegFPNHead upsamples: carafe, nearest, bilinear (the stock head), deconv,
+    # pixel_shuffle.
+    cfg.MODEL.SEM_SEG_HEAD.UPSAMPLE = "carafe"
 
     # Of train_net.py: keep weights and feature maps in the channels_last memory format.
     cfg.MODEL.CHANNELS_LAST = False
@@ -56,6 +59,10 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CN:
     add_carafe_config(cfg)
     if not os.path.isfile(config_file):
         raise UserError(f"config file {config_file!r} does not exist; name one with --config-file")
+    if config_file.endswith(".py"):
+        raise UserError(
+            f"{config_file} is a LazyConfig; this program takes the YAML file of its name"
+        )
     try:
         cfg.merge_from_file(config_file)
         cfg.merge_from_list(list(overrides))

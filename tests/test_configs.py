@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2 import model_zoo
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 from detectron2.structures import BitMasks, Boxes, Instances
@@ -34,8 +35,9 @@ def train_and_predict(cfg):
     instances.gt_boxes = Boxes(torch.tensor([[10.0, 20.0, 70.0, 80.0]]))
     instances.gt_classes = torch.tensor([1])
     instances.gt_masks = BitMasks(torch.ones(1, 96, 128, dtype=torch.bool))
+    targets = {"instances": instances, "sem_seg": torch.randint(0, 54, (96, 128))}
     with EventStorage():
-        losses = model([{**image, "instances": instances}])
+        losses = model([{**image, **targets}])
     sum(losses.values()).backward()
     with torch.no_grad():
         model.eval()([image])
@@ -48,12 +50,16 @@ def test_config_trains_and_predicts(path):
     cfg = config(path.stem, "MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0")
     model, losses = train_and_predict(cfg)
     assert all(torch.isfinite(loss) for loss in losses.values())
-    assert ("loss_mask" in losses) == ("mask" in path.stem)
+    kind = path.stem.split("_")[0]
+    has_masks = "mask" in path.stem or kind == "panoptic"
+    assert ("loss_mask" in losses) == has_masks
+    assert ("loss_sem_seg" in losses) == (kind in ("panoptic", "semantic"))
     assert isinstance(model.backbone, CarafeFPN) == ("carafe" in path.stem)
     packs = [name for name, m in model.named_modules() if isinstance(m, CARAFEPack)]
     expected = 0
     if "carafe" in path.stem:
-        expected = 4 + ("mask" in path.stem)
+        pyramid = 3 if kind == "semantic" else 4
+        expected = pyramid + has_masks + 6 * ("loss_sem_seg" in losses)
     assert len(packs) == expected
 
 
@@ -80,12 +86,33 @@ def test_2000_variants_differ_in_test_proposals_only(kind):
     assert base == variant
 
 
-def test_baselines_differ_in_the_upsamplers_only():
-    baseline, carafe = (config(f"mask_rcnn_R50_FPN{s}_1x") for s in ("", "_carafe"))
+@pytest.mark.parametrize("model", ["mask_rcnn_R50_FPN", "panoptic_fpn_R50", "semantic_R50_FPN"])
+def test_baselines_differ_in_the_upsamplers_only(model):
+    baseline, carafe = (config(f"{model}{s}_1x") for s in ("", "_carafe"))
     for cfg in (baseline, carafe):
         cfg.defrost()
-        cfg.OUTPUT_DIR = cfg.MODEL.BACKBONE.NAME = cfg.MODEL.ROI_MASK_HEAD.NAME = ""
+        cfg.OUTPUT_DIR = cfg.MODEL.BACKBONE.NAME = ""
+        cfg.MODEL.ROI_MASK_HEAD.NAME = cfg.MODEL.SEM_SEG_HEAD.NAME = ""
     assert baseline == carafe
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("panoptic_fpn_R50_1x", "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml"),
+        ("semantic_R50_FPN_1x", "Misc/semantic_R_50_FPN_1x.yaml"),
+    ],
+)
+def test_segmentation_baselines_are_detectron2s(name, published):
+    try:
+        file = model_zoo.get_config_file(published)
+    except RuntimeError:
+        pytest.skip("this Detectron2 comes without its configs")
+    ours, theirs = config(name), load_config(file, SMALL)
+    for cfg in (ours, theirs):
+        cfg.defrost()
+        cfg.OUTPUT_DIR = ""
+    assert ours == theirs
 
 
 # What the published configs set; a dict tells the years apart.

@@ -78,10 +78,10 @@ def test_operator_half_imports_nothing_of_detectron2():
     result = run(
         """
         import sys
-        import carafe_d2.ops, carafe_d2.reference, carafe_d2.upsample
-        for module in ("ops", "reference", "upsample"):
+        import carafe_d2.ops, carafe_d2.reference, carafe_d2.replace, carafe_d2.upsample
+        for module in ("ops", "reference", "replace", "upsample"):
             names = vars(sys.modules[f"carafe_d2.{module}"]).values()
             print([n for n in names if "detectron2" in getattr(n, "__module__", "") or ""])
         """
     )
-    assert result.stdout.split() == ["[]"] * 3
+    assert result.stdout.split() == ["[]"] * 4

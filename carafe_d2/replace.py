@@ -1,0 +1,673 @@
+"""Puts CARAFE in the place of the upsampling in any model: :func:`replace_upsampling`.
+
+Upsampling modules are swapped by name. A call of ``F.interpolate`` inside a forward pass is no
+module, so it is known by its place: the k-th that one run of its module, the *owner*, makes itself.
+The owner gets the CARAFEPacks as children and a subclass of its class whose forward pass runs under
+a ``TorchFunctionMode`` that sends those calls to them. Nothing global is patched, and the model
+is saved, copied, trained, compiled and exported like any other. Nothing here needs Detectron2.
+"""
+
+import copy
+import functools
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .upsample import CARAFEPack, _check_sizes
+
+_UPSAMPLING_MODULES = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+_MODES = ("nearest", "nearest-exact", "bilinear")
+_MIN_CHANNELS = 4
+
+
+@dataclass(frozen=True)
+class UpsamplingSite:
+    """A place where a model upsamples.
+
+    Attributes:
+        name: of the module that stands there, or would; what ``include`` and ``exclude`` match.
+        was: what upsampled there.
+        channels: of the map that is upsampled; None if unknown.
+        scale: CARAFE's upsampling ratio; None if left alone.
+        parameters: how many the replacement has more than what it replaced.
+        reason: why the place was left alone; empty if it was not.
+    """
+
+    name: str
+    was: str
+    channels: int | None = None
+    scale: int | None = None
+    parameters: int = 0
+    reason: str = ""
+
+
+class UpsamplingReport(list[UpsamplingSite]):
+    """What :func:`replace_upsampling` replaced; prints as a table.
+
+    Attributes:
+        left_alone: the other upsampling that it saw, each with the reason.
+    """
+
+    def __init__(self, sites: Sequence[UpsamplingSite]):
+        super().__init__(site for site in sites if not site.reason)
+        self.left_alone = [site for site in sites if site.reason]
+
+    def __str__(self) -> str:
+        rows = [("replaced", "was", "channels", "factor", "parameters")]
+        rows += [
+            (site.name, site.was, str(site.channels), f"x{site.scale}", f"{site.parameters:+,}")
+            for site in self
+        ]
+        rows.append(("total", "", "", "", f"{sum(site.parameters for site in self):+,}"))
+        table = _table(rows, right=(2, 3, 4))
+        if self.left_alone:
+            table += "\n\n" + _table([("left alone", "was", "because"), *self._left_alone_rows()])
+        return table
+
+    def _left_alone_rows(self) -> Iterator[tuple[str, str, str]]:
+        """One row for all that a module does in the same way, e.g. for every box."""
+
+        def module(site: UpsamplingSite) -> tuple[str, str]:
+            return site.name.rpartition(".")[0], site.was
+
+        for _, group in groupby(self.left_alone, key=module):
+            first, *rest = group
+            name = f"{first.name} to {rest[-1].name.rpartition('.')[2]}" if rest else first.name
+            alike = all(site.reason == first.reason for site in rest)
+            yield name, first.was, first.reason if alike else f"{first.reason}; ..."
+
+
+def _table(rows: Sequence[tuple[str, ...]], right: Sequence[int] = ()) -> str:
+    """Lines up columns, those numbered in ``right`` at their right edge."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def replace_upsampling(
+    model: nn.Module,
+    example_inputs,
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    max_scale: int = 2,
+    up_kernel: int = 5,
+    up_group: int = 1,
+    encoder_kernel: int = 3,
+    encoder_dilation: int = 1,
+    compressed_channels: int = 64,
+) -> UpsamplingReport:
+    """Puts CARAFE, freshly initialised, in the place of a model's upsampling; changes it in place.
+
+    Replaced are nearest and bilinear ``nn.Upsample`` and ``F.interpolate`` and
+    ``nn.ConvTranspose2d`` whose factor is the same integer from 2 to ``max_scale`` in both
+    directions. The example shows which there are and how many channels each sees; it runs twice,
+    in evaluation mode and without gradients: before and, as a check, after the change. A second
+    call finds nothing.
+
+    - ``nn.Upsample`` becomes a :class:`CARAFEPack` of the same name.
+    - ``nn.ConvTranspose2d`` becomes a :class:`CARAFEConvTranspose2d` of the same name.
+    - The k-th ``F.interpolate`` of a module named ``fpn`` becomes a :class:`CARAFEPack` named
+      ``fpn.carafe_upsample.k``. So does an ``nn.Upsample`` that ``fpn`` calls several times.
+
+    Where a size was asked for rather than a factor, CARAFE upsamples by the factor rounded up, and
+    what is too much is cut off at the bottom and at the right. Output pixel y thus keeps looking
+    at input pixel y // factor, as with nearest neighbours; a pyramid's 13 rows become 26, then 25.
+    A size that belongs to another factor than that of the example raises a RuntimeError, as does a
+    forward pass that interpolates more or less often than with the example.
+
+    Call it before the optimiser is made and before compiling, sharding or wrapping the model.
+    ``torch.jit.script`` cannot read a module whose ``F.interpolate`` was replaced, and activation
+    checkpointing has to hold such a module as a whole.
+
+    Args:
+        model: the model, on the device and in the dtype it is to have.
+        example_inputs: a tuple of the positional arguments of ``model``, or the only one. Best are
+            sides that are multiples of the model's strides, and large enough that no map to be
+            upsampled is a single pixel.
+        include: patterns of names (:func:`fnmatch.fnmatchcase`), only these are replaced; default
+            is all.
+        exclude: patterns of names that are left alone.
+        max_scale: largest factor that is replaced. Those in the paper are all 2. Larger ones mostly
+            enlarge class scores at the end of a network, where the paper keeps to bilinear, and
+            CARAFE predicts the square of the factor as many kernels.
+        up_kernel, up_group, encoder_kernel, encoder_dilation, compressed_channels: of every
+            :class:`CARAFEPack`.
+
+    Returns:
+        What was replaced, and as ``left_alone`` what was not, with the reasons.
+
+    Raises:
+        ValueError: an argument is out of its range; the model is unchanged.
+    """
+    options = {
+        "up_kernel": up_kernel,
+        "up_group": up_group,
+        "encoder_kernel": encoder_kernel,
+        "encoder_dilation": encoder_dilation,
+        "compressed_channels": compressed_channels,
+    }
+    _check_sizes(max_scale=max_scale, **options)
+    if not isinstance(example_inputs, tuple):
+        example_inputs = (example_inputs,)
+    plan = _Plan(model, options, include, exclude, max_scale)
+    plan.transposed_convolutions()
+    runs = _record(model, example_inputs)
+    plan.upsampling_modules(runs)
+    plan.interpolations(runs)
+    plan.carry_out()
+    _check(model, example_inputs, [site.name for site in plan.sites if not site.reason])
+    return UpsamplingReport(plan.sites)
+
+
+class CARAFEConvTranspose2d(nn.Module):
+    """Stands in for ``nn.ConvTranspose2d``: CARAFE, which keeps channels, then a 1x1 convolution.
+
+    Where the number of channels stays there is no convolution, as in the paper's mask head. CARAFE
+    comes first so that it predicts its kernels from all there is; a convolution after it costs no
+    more than a transposed convolution whose kernel is as large as its stride.
+
+    Args:
+        in_channels, out_channels: channels before and after.
+        scale_factor: upsampling ratio.
+        trim: rows and columns by which the output is smaller than ``scale_factor`` times the input.
+        bias: whether the 1x1 convolution has one.
+        **options: further arguments of :class:`CARAFEPack`.
+
+    Shapes:
+        (N, in_channels, H, W) gives (N, out_channels, scale_factor * H - trim[0],
+        scale_factor * W - trim[1]), or the ``output_size`` that is asked for.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        scale_factor: int,
+        trim: tuple[int, ...] = (0, 0),
+        bias: bool = True,
+        **options: int,
+    ):
+        super().__init__()
+        self.trim = trim
+        self.upsample = CARAFEPack(in_channels, scale_factor, **options)
+        self.project: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.project = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=bias)
+            nn.init.xavier_uniform_(self.project.weight)
+            if self.project.bias is not None:
+                nn.init.zeros_(self.project.bias)
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """
+        Args:
+            input: (N, in_channels, H, W).
+            output_size: height and width, or the whole shape, as of ``nn.ConvTranspose2d``.
+
+        Raises:
+            RuntimeError: the output size belongs to another factor.
+        """
+        upsampled = self.upsample(input)
+        if output_size is None:
+            output_size = [n - t for n, t in zip(upsampled.shape[-2:], self.trim, strict=True)]
+        return self.project(_crop(upsampled, output_size[-2:], self.upsample.scale_factor))
+
+    def extra_repr(self) -> str:
+        return f"trim={self.trim}" if any(self.trim) else ""
+
+
+def _crop(upsampled: Tensor, size: Sequence[int], scale: int) -> Tensor:
+    """Cuts what is too much off the end; input pixel y // scale stays the centre of output y."""
+    height, width = upsampled.shape[-2:]
+    if not (height - scale < size[0] <= height and width - scale < size[1] <= width):
+        raise RuntimeError(
+            f"CARAFE in place of other upsampling was made for factor {scale}, but a map of "
+            f"{height // scale} x {width // scale} is to become {size[0]} x {size[1]}"
+        )
+    return upsampled[..., : size[0], : size[1]]
+
+
+# ------------------------------------------------------- F.interpolate at run time
+
+
+class _Redirect(TorchFunctionMode):
+    """Sends the interpolations of one forward pass of ``owner`` to its CARAFEPacks."""
+
+    def __init__(self, owner: "_Owner"):
+        super().__init__()
+        self.owner = owner
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.interpolate:
+            return func(*args, **kwargs)
+        order = self.owner.carafe_order
+        key = order[self.count] if self.count < len(order) else None
+        self.count += 1
+        if key is None:
+            return func(*args, **kwargs)  # an owner further out may have a CARAFEPack for it
+        return _interpolate(self.owner.carafe_upsample[key], *args, **kwargs)
+
+    def check(self) -> None:
+        if self.count != len(self.owner.carafe_order):
+            raise RuntimeError(
+                f"{type(self.owner).__name__} interpolated {self.count} times, but "
+                f"{len(self.owner.carafe_order)} times with the example inputs of "
+                "replace_upsampling, so its CARAFEPacks cannot be told apart; exclude it there"
+            )
+
+
+def _interpolate(pack: CARAFEPack, input: Tensor, size=None, scale_factor=None, *_, **__) -> Tensor:
+    """CARAFE with the arguments of ``F.interpolate``."""
+    scale = pack.scale_factor
+    if size is None:
+        rows, columns = _pair(scale_factor)
+        size = (int(input.shape[-2] * rows), int(input.shape[-1] * columns))
+    return _crop(pack(input), _pair(size), scale)
+
+
+def _pair(value) -> tuple:
+    return tuple(value) if isinstance(value, Sequence) else (value, value)
+
+
+class _Owner(nn.Module):
+    """Base of the classes that :func:`_owner_class` makes.
+
+    Attributes:
+        carafe_upsample: the CARAFEPacks by the number of the call that they replace.
+        carafe_order: for every interpolation within a forward pass, those of modules further in
+            included that no other owner replaces, the key of its CARAFEPack or None.
+    """
+
+    carafe_upsample: nn.ModuleDict
+    carafe_order: tuple[str | None, ...]
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time: pickle and deepcopy make it again from the original one.
+        _, (cls, *arguments), *state = super().__reduce_ex__(max(protocol, 2))
+        return _new_owner, (cls.__bases__[1], *arguments), *state
+
+
+@functools.cache
+def _owner_class(cls: type[nn.Module]) -> type[_Owner]:
+    """A subclass of ``cls`` whose forward pass has its interpolations redirected."""
+
+    @functools.wraps(cls.forward)
+    def forward(self, *args, **kwargs):
+        redirect = _Redirect(self)
+        with redirect:
+            output = cls.forward(self, *args, **kwargs)
+        redirect.check()
+        return output
+
+    names = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls)(f"Carafe{cls.__name__}", (_Owner, cls), names)  # type: ignore[misc]
+
+
+def _new_owner(cls: type[nn.Module], *arguments) -> _Owner:
+    cls = _owner_class(cls)  # type: ignore[arg-type]
+    return cls.__new__(cls, *arguments)
+
+
+# ----------------------------------------------------- what the example shows
+
+
+@dataclass(eq=False)
+class _Run:
+    """One run of a module's forward pass, with the interpolations in it and further in."""
+
+    module: nn.Module
+    depth: int
+    calls: list["_Call"] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call of ``F.interpolate``; ``runs`` are the forward passes it is in, outermost first."""
+
+    runs: tuple[_Run, ...]
+    input: Tensor  # on the meta device, if only to keep shape and dtype
+    device: torch.device
+    output_size: tuple[int, ...]
+    scale_factor: float | Sequence[float] | None
+    mode: str
+
+    @property
+    def channels(self) -> int:
+        return self.input.shape[1]
+
+    def factor(self) -> tuple[int, str]:
+        """The upsampling ratio and "", or 0 and why CARAFE cannot do the same."""
+        if self.input.dim() != 4:
+            return 0, f"its input has rank {self.input.dim()}, not 4"
+        if self.mode not in _MODES:
+            return 0, f"mode {self.mode}"
+        if not self.input.dtype.is_floating_point:
+            return 0, f"dtype {self.input.dtype}"
+        input_size = self.input.shape[2:]
+        if self.scale_factor is not None:
+            factors = _pair(self.scale_factor)
+        elif input_size.numel() == 1:
+            return 0, "its input is a single pixel with the example inputs"
+        else:
+            factors = tuple(map(_size_factor, input_size, self.output_size))
+        if factors[0] != factors[1] or factors[0] < 2 or factors[0] % 1:
+            return 0, _odd_factor(*factors)
+        return int(factors[0]), ""
+
+
+def _odd_factor(rows: float, columns: float) -> str:
+    return f"its factor, {rows:.3g} x {columns:.3g}, is not one integer above 1"
+
+
+def _size_factor(before: int, after: int) -> float:
+    """A pyramid's odd sizes count as doubled: 25 comes of 13, which a stride of 2 made of 25."""
+    return 2 if after == 2 * before - 1 > 1 else after / before
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes every interpolation in the forward passes that are running."""
+
+    _signature = inspect.signature(F.interpolate)
+
+    def __init__(self):
+        super().__init__()
+        self.runs: list[_Run] = []
+        self.running: list[_Run] = []
+
+    def enter(self, module: nn.Module, _) -> None:
+        self.running.append(_Run(module, depth=len(self.running)))
+        self.runs.append(self.running[-1])
+
+    def leave(self, *_) -> None:
+        self.running.pop()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func is F.interpolate:
+            bound = self._signature.bind(*args, **(kwargs or {}))
+            bound.apply_defaults()
+            features = bound.arguments["input"]
+            call = _Call(
+                runs=tuple(self.running),
+                input=torch.empty_like(features, device="meta"),
+                device=features.device,
+                output_size=tuple(output.shape[2:]),
+                scale_factor=bound.arguments["scale_factor"],
+                mode=bound.arguments["mode"],
+            )
+            for run in self.running:
+                run.calls.append(call)
+        return output
+
+
+def _record(model: nn.Module, example_inputs: tuple) -> list[_Run]:
+    """Runs the example; returns the runs of all modules."""
+    _give_each_place_its_own(model)
+    recorder = _Recorder()
+    with _evaluating(model) as undo, recorder:
+        for module in model.modules():
+            # Next to the forward pass, with the hooks that the module has outside of them.
+            enter = module.register_forward_pre_hook(recorder.enter)
+            leave = module.register_forward_hook(recorder.leave, prepend=True, always_call=True)
+            undo.callback(enter.remove)
+            undo.callback(leave.remove)
+        model(*example_inputs)
+    return recorder.runs
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[ExitStack]:
+    """Evaluation mode without gradients; the stack may take more that is to be undone after it."""
+    with ExitStack() as undo, torch.no_grad():
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+        model.eval()
+        yield undo
+
+
+def _give_each_place_its_own(model: nn.Module) -> None:
+    """Copies an ``nn.Upsample`` that stands in several places; it has no state to be shared."""
+    seen = set()
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if type(module) in _UPSAMPLING_MODULES:
+            if module in seen:
+                model.set_submodule(name, copy.deepcopy(module))
+            seen.add(module)
+
+
+# ------------------------------------------------------------- what is replaced
+
+
+def _transposed_factor(module: nn.ConvTranspose2d) -> tuple[int, tuple[int, ...], str]:
+    """The upsampling ratio, the ``trim`` of CARAFE, and "" or why CARAFE cannot do the same."""
+    scale = module.stride[0]
+    trim: tuple[int, ...] = (0, 0)
+    if type(module) is not nn.ConvTranspose2d:
+        return scale, trim, f"{type(module).__name__} is a class of its own"
+    if module.stride != (scale, scale) or scale < 2:
+        return scale, trim, _odd_factor(*module.stride)
+    if module.groups > 1 and module.in_channels != module.out_channels:
+        return scale, trim, f"{module.groups} groups that change the number of channels"
+    reach = (d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    borders = (
+        2 * p - o  # type: ignore[operator]
+        for p, o in zip(module.padding, module.output_padding, strict=True)
+    )
+    trim = tuple(scale - r + b for r, b in zip(reach, borders, strict=True))
+    if min(trim) < 0 or max(trim) >= scale:
+        return scale, trim, f"its output is {-trim[0]:+} x {-trim[1]:+} pixels off a multiple"
+    return scale, trim, ""
+
+
+def _owner_obstacle(owner: nn.Module) -> str:
+    """Why the interpolations of a module cannot be redirected, or ""."""
+    cls = type(owner)
+    if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return f"{cls.__name__} would run a CARAFEPack as one of its layers"
+    if "forward" in vars(owner):
+        return f"the forward of {cls.__name__} is set on the instance"
+    if (
+        cls.__reduce_ex__ is not object.__reduce_ex__
+        or cls.__reduce__ is not object.__reduce__
+        or hasattr(cls, "__deepcopy__")
+    ):
+        return f"{cls.__name__} has a way of its own to be copied"
+    return ""
+
+
+def _earlier_owner(call: _Call) -> str:
+    """Says if the call is in a module whose calls have numbers already, which must not change."""
+    owner = next((run.module for run in call.runs if isinstance(run.module, _Owner)), None)
+    return f"within {type(owner).__name__}, which an earlier call has made" if owner else ""
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+class _Plan:
+    """What is to be changed in one model."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: dict[str, int],
+        include: Sequence[str] | None,
+        exclude: Sequence[str],
+        max_scale: int,
+    ):
+        self.model = model
+        self.options = options
+        self.include = include
+        self.exclude = exclude
+        self.max_scale = max_scale
+        self.sites: list[UpsamplingSite] = []
+        self._modules: dict[nn.Module, nn.Module] = {}  # what each is replaced by
+        self._owners: dict[nn.Module, tuple[dict[str, CARAFEPack], tuple]] = {}
+        self._planned: set[_Call] = set()  # calls of modules that have a site of their own
+        self._replaced: set[_Call] = set()
+        self._see_through: set[nn.Module] = set()  # their calls count as those of their callers
+
+    def _objection(self, name: str, scale: int, channels: int) -> str:
+        """Why a place that can have CARAFE is left alone all the same, or ""."""
+        up_group = self.options["up_group"]
+        if any(fnmatchcase(name, pattern) for pattern in self.exclude):
+            return "excluded"
+        if self.include is not None and not any(fnmatchcase(name, p) for p in self.include):
+            return "not included"
+        if scale > self.max_scale:
+            return f"factor {scale} is above max_scale = {self.max_scale}"
+        if channels < _MIN_CHANNELS:
+            return f"its number of channels, {channels}, is that of an image or a mask"
+        if channels % up_group:
+            return f"up_group = {up_group} does not divide its {channels} channels"
+        return ""
+
+    def _pack(self, name: str, was: str, call: _Call, obstacle: str) -> CARAFEPack | None:
+        """Enters the site of a call; returns what is to replace it, if it is to be replaced."""
+        scale, reason = call.factor()
+        reason = reason or self._objection(name, scale, call.channels) or obstacle
+        if reason:
+            self.sites.append(UpsamplingSite(name, was, call.channels, reason=reason))
+            return None
+        pack = CARAFEPack(call.channels, scale, **self.options)
+        self.sites.append(UpsamplingSite(name, was, call.channels, scale, _count(pack)))
+        return pack.to(device=call.device, dtype=call.input.dtype)
+
+    def transposed_convolutions(self) -> None:
+        for name, module in self.model.named_modules():
+            if not isinstance(module, nn.ConvTranspose2d):
+                continue
+            channels = module.in_channels
+            was = f"ConvTranspose2d to {module.out_channels}"
+            scale, trim, reason = _transposed_factor(module)
+            reason = reason or self._objection(name, scale, channels)
+            if not name:
+                reason = "it is the model itself"
+            if reason:
+                self.sites.append(UpsamplingSite(name, was, channels, reason=reason))
+                continue
+            bias = module.bias is not None
+            new = CARAFEConvTranspose2d(
+                channels, module.out_channels, scale, trim, bias, **self.options
+            )
+            self._modules[module] = new.to(module.weight)
+            added = _count(new) - _count(module)
+            self.sites.append(UpsamplingSite(name, was, channels, scale, added))
+
+    def upsampling_modules(self, runs: list[_Run]) -> None:
+        """Modules that can be swapped: called for a factor, once in a run of their caller."""
+        for name, module in self.model.named_modules():
+            if type(module) not in _UPSAMPLING_MODULES:
+                continue
+            was = f"{type(module).__name__} {module.mode}"
+            calls = [call for run in runs if run.module is module for call in run.calls]
+            callers = {call.runs[-2:-1] for call in calls}
+            if not calls:
+                reason = "not reached with the example inputs"
+                self.sites.append(UpsamplingSite(name, was, reason=reason))
+            elif len(callers) < len(calls) or len({call.channels for call in calls}) > 1:
+                self._see_through.add(module)
+            elif name and module.size is None:
+                self._planned.update(calls)
+                if pack := self._pack(name, was, calls[0], _earlier_owner(calls[0])):
+                    self._modules[module] = pack
+                    self._replaced.update(calls)
+
+    def _run_of_owner(self, call: _Call) -> _Run:
+        runs = call.runs
+        return runs[-2] if runs[-1].module in self._see_through and len(runs) > 1 else runs[-1]
+
+    def interpolations(self, runs: list[_Run]) -> None:
+        """All other calls, by the modules that make them."""
+        runs_of_module: dict[nn.Module, list[_Run]] = {}
+        for run in runs:
+            runs_of_module.setdefault(run.module, []).append(run)
+        own_calls = {
+            run: [c for c in run.calls if c not in self._planned and self._run_of_owner(c) is run]
+            for run in runs
+        }
+        depths = {
+            module: max(run.depth for run in its_runs)
+            for module, its_runs in runs_of_module.items()
+            if any(own_calls[run] for run in its_runs)
+        }
+        # What owners further in replace never comes to those further out.
+        for owner in sorted(depths, key=depths.__getitem__, reverse=True):
+            its_runs = runs_of_module[owner]
+            self._interpolations_of(owner, its_runs, [own_calls[run] for run in its_runs])
+
+    def _interpolations_of(
+        self, owner: nn.Module, runs: list[_Run], own_calls: list[list[_Call]]
+    ) -> None:
+        name = next(n for n, module in self.model.named_modules() if module is owner)
+        prefix = f"{name}.carafe_upsample" if name else "carafe_upsample"
+        numbers = {call: str(k) for calls in own_calls for k, call in enumerate(calls)}
+        # Whether every run of the owner makes the same calls, and in the same order among others.
+        kinds = {tuple((c.channels, c.mode, c.factor()) for c in calls) for calls in own_calls}
+        orders = {
+            tuple(numbers.get(call) for call in run.calls if call not in self._replaced)
+            for run in runs
+        }
+        reason = ""
+        if isinstance(owner, _Owner):
+            reason = "an earlier call has given the module's calls their numbers"
+        elif len(kinds) > 1 or len(orders) > 1:
+            reason = "its calls differ from one run of the module to another"
+        if reason:
+            self.sites.append(UpsamplingSite(f"{prefix}.*", "F.interpolate", reason=reason))
+            return
+
+        packs = {}
+        for call in own_calls[0]:
+            obstacle = _earlier_owner(call) or _owner_obstacle(owner)
+            site = f"{prefix}.{numbers[call]}"
+            if pack := self._pack(site, f"F.interpolate {call.mode}", call, obstacle):
+                packs[numbers[call]] = pack
+        if packs:
+            (order,) = orders
+            self._owners[owner] = packs, tuple(key if key in packs else None for key in order)
+            self._replaced.update(call for call, key in numbers.items() if key in packs)
+
+    def carry_out(self) -> None:
+        for name, module in list(self.model.named_modules(remove_duplicate=False)):
+            if module in self._modules:
+                self.model.set_submodule(name, self._modules[module].train(module.training))
+        for owner, (packs, order) in self._owners.items():
+            owner.carafe_upsample = nn.ModuleDict(packs).train(owner.training)
+            owner.carafe_order = order  # type: ignore[assignment]
+            owner.__class__ = _owner_class(type(owner))  # type: ignore[arg-type]
+
+
+def _check(model: nn.Module, example_inputs: tuple, names: list[str]) -> None:
+    """Runs the example again, now with CARAFE, and warns of what is not in use."""
+    idle = set(names)
+    with _evaluating(model) as undo:
+        for name in names:
+            hook = model.get_submodule(name).register_forward_hook(
+                lambda *_, name=name: idle.discard(name)
+            )
+            undo.callback(hook.remove)
+        model(*example_inputs)
+    if idle:
+        warnings.warn(
+            f"the model did not run {', '.join(sorted(idle))} when the example was repeated",
+            stacklevel=3,
+        )

@@ -1,0 +1,760 @@
+import copy
+import io
+import pickle
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torchvision.models import segmentation
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FeaturePyramidNetwork
+
+from carafe_d2 import CARAFEPack, replace_upsampling
+from carafe_d2.replace import CARAFEConvTranspose2d
+
+
+def conv(in_channels, out_channels, stride=1):
+    layer = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
+    return nn.Sequential(layer, nn.ReLU())
+
+
+class UNet(nn.Module):
+    """Two levels up again, each by what `up` makes of channels before and after."""
+
+    def __init__(self, up):
+        super().__init__()
+        self.down1, self.down2, self.down3 = conv(3, 8), conv(8, 16, 2), conv(16, 32, 2)
+        self.up2, self.merge2 = up(32, 16), conv(32, 16)
+        self.up1, self.merge1 = up(16, 8), conv(16, 8)
+        self.predictor = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x):
+        x1 = self.down1(x)
+        x2 = self.down2(x1)
+        x = self.merge2(torch.cat([x2, self.up2(self.down3(x2))], 1))
+        return self.predictor(self.merge1(torch.cat([x1, self.up1(x)], 1)))
+
+
+class InterpolateAndConv(nn.Module):
+    def __init__(self, in_channels, out_channels, **arguments):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+        self.arguments = arguments or {"scale_factor": 2}
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, **self.arguments))
+
+
+def unet_deconv():
+    return UNet(lambda before, after: nn.ConvTranspose2d(before, after, 2, stride=2))
+
+
+def unet_upsample(**arguments):
+    arguments = arguments or {"scale_factor": 2}
+    return UNet(
+        lambda before, after: nn.Sequential(nn.Upsample(**arguments), nn.Conv2d(before, after, 1))
+    )
+
+
+def unet_interpolate():
+    return UNet(InterpolateAndConv)
+
+
+UNETS = {
+    "deconv": (unet_deconv, ["up2", "up1"]),
+    "upsample": (unet_upsample, ["up2.0", "up1.0"]),
+    "interpolate": (unet_interpolate, ["up2.carafe_upsample.0", "up1.carafe_upsample.0"]),
+}
+EVERY_UNET = pytest.mark.parametrize(("build", "names"), UNETS.values(), ids=UNETS)
+
+
+def names(sites):
+    return [site.name for site in sites]
+
+
+def reasons(report):
+    return {site.name: site.reason for site in report.left_alone}
+
+
+def as_nearest(model):
+    """Sets every CARAFEPack to nearest neighbours: all weight on the middle of its kernel."""
+    packs = [module for module in model.modules() if isinstance(module, CARAFEPack)]
+    for pack in packs:
+        nn.init.zeros_(pack.content_encoder.weight)
+        middle = pack.up_kernel**2 // 2
+        bias = pack.content_encoder.bias.data.view(pack.up_group, pack.up_kernel**2, -1)
+        bias.zero_()[:, middle] = 1000.0
+    return packs
+
+
+# ------------------------------------------------------------------ what is replaced
+
+
+@EVERY_UNET
+def test_unet_is_changed_by_name(build, names):
+    torch.manual_seed(0)
+    model = build()
+    before = sum(p.numel() for p in model.parameters())
+    report = replace_upsampling(model, torch.randn(1, 3, 32, 32), compressed_channels=8)
+    packs = [m for m in model.modules() if isinstance(m, CARAFEPack)]
+    assert [site.name for site in report] == names
+    assert [(site.channels, site.scale) for site in report] == [(32, 2), (16, 2)]
+    assert sum(site.parameters for site in report) == (
+        sum(p.numel() for p in model.parameters()) - before
+    )
+    assert report.left_alone == []
+    assert [(p.channels, p.compressed_channels) for p in packs] == [(32, 8), (16, 8)]
+    assert model(torch.randn(2, 3, 48, 64)).shape == (2, 5, 48, 64)
+
+
+@EVERY_UNET
+def test_training_reaches_the_new_parameters(build, names):
+    torch.manual_seed(0)
+    model = build()
+    x, target = torch.randn(2, 3, 32, 32), torch.randint(5, (2, 32, 32))
+    replace_upsampling(model, x, compressed_channels=8)
+    assert model.training
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for _ in range(3):
+        loss = F.cross_entropy(model(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]
+    for name in names:
+        for parameter in model.get_submodule(name).parameters():
+            assert parameter.grad.abs().sum() > 0
+
+
+@EVERY_UNET
+def test_a_second_call_finds_nothing(build, names):
+    model, x = build().eval(), torch.randn(1, 3, 32, 32)
+    replace_upsampling(model, x)
+    state, expected = copy.deepcopy(model.state_dict()), model(x)
+    assert replace_upsampling(model, x) == []
+    assert model.state_dict().keys() == state.keys()
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("build", [unet_upsample, unet_interpolate])
+def test_the_rest_of_the_model_computes_what_it_did(build):
+    model, x = build(), torch.randn(2, 3, 32, 48)
+    expected = model(x)
+    replace_upsampling(model, x)
+    assert len(as_nearest(model)) == 2
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"scale_factor": 2.0, "mode": "bilinear"},
+        {"scale_factor": (2, 2), "mode": "bilinear", "align_corners": True},
+        {"scale_factor": 2, "mode": "nearest-exact"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["module", "function"])
+def test_kinds_of_interpolation(arguments, kind):
+    if kind == "module":
+        model = unet_upsample(**arguments)
+    else:
+        model = UNet(lambda before, after: InterpolateAndConv(before, after, **arguments))
+    report = replace_upsampling(model, torch.randn(1, 3, 16, 16))
+    assert len(report) == 2
+    assert all(arguments["mode"] in site.was for site in report)
+
+
+def test_upsampling_classes_of_old():
+    model = nn.Sequential(nn.UpsamplingNearest2d(scale_factor=3), nn.UpsamplingBilinear2d((18, 18)))
+    report = replace_upsampling(model, torch.randn(1, 4, 3, 3), max_scale=3)
+    # The one of a fixed size stays, so that it goes on to refuse what does not fit.
+    assert [(s.name, s.scale) for s in report] == [("0", 3), ("1.carafe_upsample.0", 2)]
+    assert model(torch.randn(1, 4, 3, 3)).shape == (1, 4, 18, 18)
+    with pytest.raises(RuntimeError, match="factor 2, but a map of 12 x 12 is to become 18 x 18"):
+        model(torch.randn(1, 4, 4, 4))
+
+
+def test_dtype_and_training_flag_follow_the_model():
+    model = unet_upsample().double()
+    model.up1.eval()
+    replace_upsampling(model, torch.randn(1, 3, 16, 16, dtype=torch.float64))
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert [m.training for m in (model, model.up2[0], model.up1, model.up1[0])] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+# -------------------------------------------------------- transposed convolutions
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"kernel_size": 2, "stride": 2},
+        {"kernel_size": 3, "stride": 2, "padding": 1},  # one row and column less
+        {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+        {"kernel_size": 4, "stride": 2, "padding": 1, "bias": False},
+        {"kernel_size": (3, 4), "stride": 2, "padding": 1},
+        {"kernel_size": 2, "stride": 3, "dilation": 2},
+        {"kernel_size": 4, "stride": 4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("out_channels", [8, 6])
+def test_transposed_convolution_keeps_its_output_size(arguments, out_channels):
+    deconv = nn.ConvTranspose2d(8, out_channels, **arguments)
+    model, x = nn.Sequential(deconv), torch.randn(2, 8, 5, 7)
+    report = replace_upsampling(model, x, max_scale=4)
+    assert isinstance(model[0], CARAFEConvTranspose2d)
+    assert model(x).shape == deconv(x).shape
+    added = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in deconv.parameters())
+    assert [site.parameters for site in report] == [added]
+    if out_channels == 6:
+        assert (model[0].project.bias is None) == (deconv.bias is None)
+    else:
+        assert isinstance(model[0].project, nn.Identity)
+
+
+def test_depthwise_transposed_convolution_becomes_carafe():
+    model = nn.Sequential(nn.ConvTranspose2d(8, 8, 4, stride=2, padding=1, groups=8))
+    assert names(replace_upsampling(model, torch.randn(1, 8, 5, 5))) == ["0"]
+
+
+def test_transposed_convolution_is_carafe_and_then_a_1x1_convolution():
+    module, x = CARAFEConvTranspose2d(8, 6, 2, trim=(1, 0)), torch.randn(2, 8, 5, 7)
+    expected = module.project(module.upsample(x))
+    torch.testing.assert_close(module(x), expected[:, :, :9])
+    torch.testing.assert_close(module(x, output_size=(10, 13)), expected[..., :13])
+    torch.testing.assert_close(module(x, output_size=torch.Size((2, 6, 9, 14))), module(x))
+    with pytest.raises(RuntimeError, match="factor 2, but a map of 5 x 7 is to become 11 x 14"):
+        module(x, output_size=(11, 14))
+
+
+def test_shared_transposed_convolution_stays_shared():
+    deconv = nn.ConvTranspose2d(8, 8, 2, stride=2)
+    model = nn.ModuleDict({"a": deconv, "b": nn.Sequential(deconv)})
+    model.forward = lambda x: model["b"](model["a"](x))
+    assert names(replace_upsampling(model, torch.randn(1, 8, 4, 4))) == ["a"]
+    assert model["a"] is model["b"][0]
+    assert isinstance(model["a"], CARAFEConvTranspose2d)
+
+
+# ------------------------------------------------------------- feature pyramids, sizes
+
+
+def pyramid_inputs(rows, columns):
+    sizes = [(rows, columns)]
+    for _ in range(3):
+        sizes.append(tuple((n + 1) // 2 for n in sizes[-1]))  # as of a stride-2 convolution
+    return {str(i): torch.randn(2, 4 * 2**i, *size) for i, size in enumerate(sizes)}
+
+
+def pyramid():
+    return FeaturePyramidNetwork([4, 8, 16, 32], 12)
+
+
+@pytest.mark.parametrize("size", [(40, 64), (50, 37), (33, 49)], ids=str)
+def test_torchvision_pyramid_of_any_size_stays_aligned(size):
+    """25 rows from 13: cut off at the end, CARAFE looks where nearest neighbours look."""
+    model, x = pyramid(), pyramid_inputs(*size)
+    expected = model(x)
+    report = replace_upsampling(model, pyramid_inputs(50, 64))
+    assert names(report) == [f"carafe_upsample.{k}" for k in range(3)]
+    assert isinstance(model, FeaturePyramidNetwork)
+    as_nearest(model)
+    for name, level in model(x).items():
+        torch.testing.assert_close(level, expected[name])
+
+
+def test_each_level_has_its_own_carafe():
+    """The pyramid written out: call 0 is the coarsest."""
+    model, x = pyramid(), pyramid_inputs(25, 32)
+    replace_upsampling(model, x)
+    for pack in model.carafe_upsample.values():
+        nn.init.normal_(pack.content_encoder.weight)
+    laterals = [block(level) for block, level in zip(model.inner_blocks, x.values(), strict=True)]
+    for k, i in enumerate((2, 1, 0)):
+        rows, columns = laterals[i].shape[-2:]
+        upsampled = model.carafe_upsample[str(k)](laterals[i + 1])
+        laterals[i] = laterals[i] + upsampled[:, :, :rows, :columns]
+    for i, level in enumerate(model(x).values()):
+        torch.testing.assert_close(level, model.layer_blocks[i](laterals[i]))
+
+
+def test_size_of_another_factor_is_refused():
+    model = pyramid()
+    replace_upsampling(model, pyramid_inputs(32, 32))
+    x = pyramid_inputs(32, 32)
+    x["3"] = x["3"][..., :2, :2]
+    with pytest.raises(RuntimeError, match="factor 2, but a map of 2 x 2 is to become 8 x 8"):
+        model(x)
+
+
+# ---------------------------------------------------------------- torchvision's models
+
+
+def test_faster_rcnn():
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
+    model = FasterRCNN(backbone, num_classes=3, min_size=64, max_size=96)
+    image = torch.rand(3, 64, 80)
+    report = replace_upsampling(model, [image])
+    assert names(report) == [f"backbone.fpn.carafe_upsample.{k}" for k in range(3)]
+    assert reasons(report) == {
+        "transform.carafe_upsample.0": "its factor, 1 x 1, is not one integer above 1"
+    }
+    target = {"boxes": torch.tensor([[5.0, 5.0, 40.0, 50.0]]), "labels": torch.tensor([1])}
+    sum(model([image], [target]).values()).backward()
+    for pack in model.backbone.fpn.carafe_upsample.values():
+        assert pack.content_encoder.weight.grad.abs().sum() > 0
+    assert len(model.eval()([image, torch.rand(3, 96, 61)])) == 2
+
+
+def test_image_that_happens_to_be_doubled_is_no_feature_map():
+    backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    model = FasterRCNN(backbone, num_classes=3, min_size=64, max_size=96)
+    report = replace_upsampling(model, [torch.rand(3, 32, 48)])
+    assert "3, is that of an image" in reasons(report)["transform.carafe_upsample.0"]
+
+
+LARGE = "factor 8 is above max_scale = 2"
+SEGMENTATION = {
+    "lraspp_mobilenet_v3_large": (["classifier.carafe_upsample.0"], {"carafe_upsample.0": LARGE}),
+    "fcn_resnet50": ([], {"carafe_upsample.0": LARGE}),
+    "deeplabv3_mobilenet_v3_large": (
+        [],
+        {
+            "classifier.0.convs.4.carafe_upsample.0": (
+                "its input is a single pixel with the example inputs"
+            ),
+            "carafe_upsample.0": "factor 16 is above max_scale = 2",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_segmentation_models(name):
+    model = getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=5)
+    x, (replaced, left_alone) = torch.rand(2, 3, 64, 64), SEGMENTATION[name]
+    report = replace_upsampling(model, x)
+    assert names(report) == replaced
+    assert reasons(report) == left_alone
+    model(x)["out"].sum().backward()
+    assert all(p.grad is not None for site in report for p in at(model, site).parameters())
+
+
+def at(model, site):
+    return model.get_submodule(site.name)
+
+
+def test_scores_of_deeplab_if_asked_for():
+    """The model calls it after a module of its own that interpolates, too."""
+    model = segmentation.deeplabv3_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=5, aux_loss=True
+    ).eval()
+    x = torch.rand(1, 3, 64, 64)
+    expected = model(x)
+    options = {"include": ["carafe_upsample.0"], "compressed_channels": 8}
+    report = replace_upsampling(model, x, max_scale=16, **options)
+    assert names(report) == ["carafe_upsample.0"]
+    assert reasons(report)["carafe_upsample.1"] == "not included"
+    assert isinstance(model, segmentation.DeepLabV3)
+    out = model(x)
+    assert out["out"].shape == (1, 5, 64, 64)
+    assert not torch.equal(out["out"], expected["out"])
+    assert torch.equal(out["aux"], expected["aux"])
+    assert model(torch.rand(1, 3, 75, 50))["out"].shape == (1, 5, 75, 50)
+
+
+# ----------------------------------------------------------------- which call is which
+
+
+class Pooling(nn.Module):
+    """Interpolates by no integer factor."""
+
+    def forward(self, x):
+        return F.interpolate(F.adaptive_avg_pool2d(x, 3), size=x.shape[-2:], mode="bilinear")
+
+
+class Nested(nn.Module):
+    """Calls that stay and calls that go, of its own and further in, a loop, and a shared module."""
+
+    def __init__(self):
+        super().__init__()
+        self.pooling = Pooling()
+        self.inner = InterpolateAndConv(4, 8)
+        self.fixed = nn.Upsample(scale_factor=1.5)
+        self.shared = nn.Upsample(scale_factor=2)
+        self.narrow = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.pooling(x)
+        x = self.inner(x)  # 16 x 16
+        x = self.fixed(x)  # 24 x 24
+        x = self.shared(x)  # 48 x 48, 8 channels: call 0
+        x = F.interpolate(x, scale_factor=0.5)  # call 1
+        x = self.shared(self.narrow(x))  # 48 x 48, 4 channels: call 2
+        for _ in range(2):
+            x = F.interpolate(F.max_pool2d(x, 2), scale_factor=2)  # calls 3 and 4
+        return F.interpolate(x, scale_factor=3, mode="bicubic")  # call 5
+
+
+def test_calls_are_told_apart():
+    torch.manual_seed(0)
+    model, x = Nested(), torch.randn(1, 4, 8, 8)
+    expected = model(x)
+    report = replace_upsampling(model, x)
+    own = [f"carafe_upsample.{k}" for k in (0, 2, 3, 4)]
+    assert sorted(names(report)) == sorted([*own, "inner.carafe_upsample.0"])
+    assert reasons(report).keys() == {
+        *("fixed", "pooling.carafe_upsample.0", "carafe_upsample.1", "carafe_upsample.5")
+    }
+    assert {k: pack.channels for k, pack in model.carafe_upsample.items()} == {
+        **{"0": 8, "2": 4, "3": 4, "4": 4}
+    }
+    calls = []
+    for site in report:
+        at(model, site).register_forward_hook(lambda *_, name=site.name: calls.append(name))
+    model(x)
+    assert calls == ["inner.carafe_upsample.0", *own]
+    as_nearest(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_upsample_that_stands_in_several_places_gets_a_carafe_in_each():
+    up = nn.Upsample(scale_factor=2)
+    model = nn.Sequential(conv(3, 8), up, conv(8, 16), up)
+    assert names(replace_upsampling(model, torch.randn(1, 3, 8, 8))) == ["1", "3"]
+    assert (model[1].channels, model[3].channels) == (8, 16)
+
+
+class Levels(nn.Module):
+    """One head for several levels, as detectors have."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, x):
+        return [self.head(x), self.head(F.max_pool2d(x, 2))]
+
+
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        (lambda: nn.Sequential(conv(4, 8), nn.Upsample(scale_factor=2)), "head.1"),
+        (lambda: InterpolateAndConv(4, 8), "head.carafe_upsample.0"),
+    ],
+)
+def test_head_of_several_levels_shares_its_carafe(head, name):
+    model, x = Levels(head()), torch.randn(1, 4, 8, 8)
+    assert names(replace_upsampling(model, x)) == [name]
+    assert [level.shape for level in model(x)] == [(1, 8, 16, 16), (1, 8, 8, 8)]
+
+
+class Wavering(nn.Module):
+    """Interpolates as often as it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = 2
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = F.interpolate(x, scale_factor=2)
+        return x
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_another_number_of_calls_is_refused(times):
+    model, x = Wavering(), torch.randn(1, 4, 4, 4)
+    assert len(replace_upsampling(model, x)) == 2
+    model.times = times
+    with pytest.raises(RuntimeError, match=f"interpolated {times} times, but 2 times with the ex"):
+        model(x)
+
+
+def test_calls_that_differ_from_run_to_run_are_left_alone():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wavering = Wavering()
+
+        def forward(self, x):
+            self.wavering.times = 3 - self.wavering.times
+            x = self.wavering(x)
+            self.wavering.times = 3 - self.wavering.times
+            return self.wavering(x)
+
+    report = replace_upsampling(Both(), torch.randn(1, 4, 4, 4))
+    assert report == []
+    assert reasons(report) == {
+        "wavering.carafe_upsample.*": "its calls differ from one run of the module to another"
+    }
+
+
+# --------------------------------------------------------------------- what is left alone
+
+
+class Interpolate(nn.Module):
+    def __init__(self, **arguments):
+        super().__init__()
+        self.arguments = arguments
+
+    def forward(self, x):
+        return F.interpolate(x, **self.arguments)
+
+
+class OwnDeconv(nn.ConvTranspose2d):
+    pass
+
+
+class Iterating(nn.Sequential):
+    def forward(self, x):
+        return F.interpolate(super().forward(x), scale_factor=2)
+
+
+class OwnCopy(Interpolate):
+    def __deepcopy__(self, memo):
+        return self
+
+
+def patched():
+    model = Interpolate(scale_factor=2)
+    model.forward = model.forward
+    return model
+
+
+MAP = (1, 4, 6, 6)
+LEFT_ALONE = {
+    "not an integer": (lambda: nn.Upsample(scale_factor=1.5), MAP, r"factor, 1\.5 x 1\.5, is not"),
+    "unequal": (lambda: nn.Upsample(scale_factor=(2, 4)), MAP, "factor, 2 x 4, is not one"),
+    "no integer size": (lambda: Interpolate(size=(9, 9)), MAP, r"factor, 1\.5 x 1\.5"),
+    "downsampling": (lambda: Interpolate(scale_factor=0.5), MAP, r"factor, 0\.5 x 0\.5"),
+    "bicubic": (lambda: nn.Upsample(scale_factor=2, mode="bicubic"), MAP, "mode bicubic"),
+    "one dimension": (lambda: nn.Upsample(scale_factor=2), (1, 4, 6), "rank 3, not 4"),
+    "volume": (lambda: Interpolate(scale_factor=2), (1, 4, 6, 6, 6), "rank 5, not 4"),
+    "bytes": (lambda: Interpolate(scale_factor=2), "bytes", r"dtype torch\.uint8"),
+    "large": (lambda: nn.Upsample(scale_factor=4), MAP, "factor 4 is above max_scale = 2"),
+    "mask": (lambda: nn.Upsample(scale_factor=2), (1, 1, 6, 6), "channels, 1, is that of"),
+    "pooled": (lambda: Interpolate(size=(4, 4)), (1, 4, 1, 1), "input is a single pixel"),
+    "patched": (patched, MAP, "forward of Interpolate is set on the instance"),
+    "copied otherwise": (lambda: OwnCopy(scale_factor=2), MAP, "OwnCopy has a way of its own"),
+    "iterating": (lambda: Iterating(nn.ReLU()), MAP, "Iterating would run a CARAFEPack as one of"),
+    "deconv stride": (lambda: nn.ConvTranspose2d(4, 4, 3), MAP, "factor, 1 x 1, is not"),
+    "deconv strides": (lambda: nn.ConvTranspose2d(4, 4, 3, (2, 1)), MAP, "factor, 2 x 1"),
+    "deconv size": (lambda: nn.ConvTranspose2d(4, 4, 3, 2), MAP, r"\+1 x \+1 pixels off"),
+    "deconv groups": (lambda: nn.ConvTranspose2d(4, 8, 2, 2, groups=2), MAP, "2 groups that ch"),
+    "deconv class": (lambda: OwnDeconv(4, 4, 2, 2), MAP, "OwnDeconv is a class of its own"),
+}
+
+
+@pytest.mark.parametrize(("build", "shape", "reason"), LEFT_ALONE.values(), ids=LEFT_ALONE)
+def test_left_alone_with_a_reason(build, shape, reason):
+    model = nn.Sequential(build())
+    x = torch.zeros(MAP, dtype=torch.uint8) if shape == "bytes" else torch.randn(shape)
+    expected, kind = model(x), type(model[0])
+    report = replace_upsampling(model, x)
+    assert report == []
+    (site,) = report.left_alone
+    assert site.name.startswith("0")
+    assert re.search(reason, site.reason)
+    assert type(model[0]) is kind
+    assert torch.equal(model(x), expected)
+
+
+def test_what_the_example_does_not_reach_is_left_alone():
+    model = nn.ModuleDict({"used": nn.Upsample(scale_factor=2), "idle": nn.Upsample(2)})
+    model.forward = lambda x: model["used"](x)
+    report = replace_upsampling(model, torch.randn(MAP))
+    assert names(report) == ["used"]
+    assert reasons(report) == {"idle": "not reached with the example inputs"}
+
+
+@pytest.mark.parametrize("module", [nn.Upsample(scale_factor=2), nn.ConvTranspose2d(4, 4, 2, 2)])
+def test_model_that_is_nothing_but_upsampling(module):
+    x = torch.randn(MAP)
+    report = replace_upsampling(module, x)
+    if isinstance(module, nn.Upsample):
+        assert names(report) == ["carafe_upsample.0"]
+        as_nearest(module)
+        torch.testing.assert_close(module(x), F.interpolate(x, scale_factor=2))
+    else:
+        assert reasons(report) == {"": "it is the model itself"}
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({"include": ["up2*"]}, ["up2.0"]),
+        ({"include": ["up1.0", "nothing"]}, ["up1.0"]),
+        ({"exclude": ["*.0"]}, []),
+        ({"include": ["up*"], "exclude": ["up1*"]}, ["up2.0"]),
+        ({"max_scale": 1}, []),
+        ({"up_group": 32}, ["up2.0"]),
+    ],
+    ids=str,
+)
+def test_filters(filters, expected):
+    report = replace_upsampling(unet_upsample(), torch.randn(1, 3, 16, 16), **filters)
+    assert names(report) == expected
+    assert len(report) + len(report.left_alone) == 2
+
+
+def test_later_calls_replace_more_but_not_within_what_is_changed():
+    model, x = Nested(), torch.randn(1, 4, 8, 8)
+    first = replace_upsampling(model, x, include=["inner*"])
+    assert names(first) == ["inner.carafe_upsample.0"]
+    second = replace_upsampling(model, x, include=["carafe_upsample.[03]"])
+    assert names(second) == ["carafe_upsample.0", "carafe_upsample.3"]
+    third = replace_upsampling(model, x)
+    assert third == []
+    left_alone = reasons(third)
+    assert left_alone["pooling.carafe_upsample.0"].startswith("its factor")
+    assert left_alone["shared"] == "within CarafeNested, which an earlier call has made"
+    assert left_alone["carafe_upsample.*"].startswith("an earlier call has given")
+    assert model(x).shape == (1, 4, 144, 144)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"up_kernel": 4}, "up_kernel must be odd, got 4"),
+        ({"up_group": 0}, "up_group must be an integer of at least 1, got 0"),
+        ({"max_scale": 2.5}, r"max_scale must be an integer of at least 1, got 2\.5"),
+    ],
+)
+def test_wrong_arguments_are_named_and_change_nothing(arguments, message):
+    model = unet_deconv()
+    with pytest.raises(ValueError, match=message):
+        replace_upsampling(model, torch.randn(1, 3, 16, 16), **arguments)
+    assert isinstance(model.up2, nn.ConvTranspose2d)
+
+
+def test_error_in_the_example_changes_nothing():
+    model = unet_upsample()
+    with pytest.raises(RuntimeError, match="channels"):
+        replace_upsampling(model, torch.randn(1, 4, 16, 16))
+    assert isinstance(model.up2[0], nn.Upsample)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(m.training for m in model.modules())
+
+
+def test_carafe_that_is_not_in_use_is_named():
+    model = nn.ModuleDict({"up": nn.ConvTranspose2d(4, 4, 2, stride=2)})
+    hidden = model["up"]
+    model.forward = lambda x: hidden(x)
+    with pytest.warns(UserWarning, match="did not run up when the example was repeated"):
+        replace_upsampling(model, torch.randn(MAP))
+
+
+# -------------------------------------------- the model afterwards is like any other
+
+
+def through_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@EVERY_UNET
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch_save]
+)
+def test_copies(build, names, clone):
+    model, x = build(), torch.randn(1, 3, 16, 16)
+    replace_upsampling(model, x)
+    other = clone(model)
+    assert torch.equal(other(x), model(x))
+    for parameter in other.parameters():
+        nn.init.zeros_(parameter)
+    assert not torch.equal(other(x), model(x))
+
+
+def test_state_dict():
+    x = torch.randn(1, 3, 16, 16)
+    one, other = unet_interpolate(), unet_interpolate()
+    for model in (one, other):
+        replace_upsampling(model, x)
+    assert "up2.carafe_upsample.0.content_encoder.weight" in one.state_dict()
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(other(x), one(x))
+
+
+def changed_pyramid():
+    model, x = pyramid().eval(), pyramid_inputs(50, 64)
+    replace_upsampling(model, x)
+    return model, x
+
+
+def test_compiles_as_one_graph():
+    model, x = UNet(InterpolateAndConv), torch.randn(1, 3, 16, 16)
+    replace_upsampling(model, x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_exports_with_dynamic_sizes():
+    model, x = changed_pyramid()
+    side = torch.export.Dim("side", min=2, max=64)
+    shapes = {name: {2: 2 ** (3 - int(name)) * side} for name in x}
+    program = torch.export.export(model, (pyramid_inputs(64, 32),), dynamic_shapes=(shapes,))
+    inputs = pyramid_inputs(96, 32)
+    expected = model(inputs)
+    for name, level in program.module()(inputs).items():
+        torch.testing.assert_close(level, expected[name])
+
+
+def test_activation_checkpointing():
+    model, x = changed_pyramid()
+    level = sum(level.square().sum() for level in model(x).values())
+    expected = torch.autograd.grad(level, list(model.parameters()))
+    again = checkpoint(
+        lambda x: sum(p.square().sum() for p in model(x).values()), x, use_reentrant=False
+    )
+    for grad, other in zip(
+        torch.autograd.grad(again, list(model.parameters())), expected, strict=True
+    ):
+        torch.testing.assert_close(grad, other)
+
+
+# ------------------------------------------------------------------------- the report
+
+
+def test_report_prints_as_a_table():
+    model = nn.Sequential(conv(3, 8), nn.Upsample(scale_factor=2), Interpolate(size=(10, 12)))
+    report = replace_upsampling(model, torch.randn(1, 3, 4, 4))
+    assert str(report).splitlines() == [
+        "replaced  was               channels  factor  parameters",
+        "1         Upsample nearest         8      x2     +58,276",
+        "total                                            +58,276",
+        "",
+        "left alone           was                    because",
+        "2.carafe_upsample.0  F.interpolate nearest  "
+        "its factor, 1.25 x 1.5, is not one integer above 1",
+    ]
+
+
+def test_report_sums_up_what_a_loop_left():
+    class Boxes(nn.Module):
+        def forward(self, x):
+            return [F.interpolate(x, size=(n, n)) for n in (7, 9, 11)]
+
+    report = replace_upsampling(Boxes(), torch.randn(1, 1, 4, 4))
+    assert len(report.left_alone) == 3
+    assert str(report).splitlines()[-1] == (
+        "carafe_upsample.0 to 2  F.interpolate nearest  "
+        "its number of channels, 1, is that of an image or a mask; ..."
+    )
