@@ -1,4 +1,5 @@
-"""The command line of train_net.py, on a small `shapes` dataset and a small model."""
+"""The command lines of train_net.py and tools/lazyconfig_train_net.py, on a small dataset and a
+small model. tests/test_distributed.py trains by them in several processes."""
 
 import json
 import os
@@ -33,13 +34,18 @@ def datasets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(datasets):
-    """Starts train_net.py; stdout and stderr come in one stream."""
+    """Starts train_net.py, or the script for LazyConfigs if `config` is one; stdout and stderr come
+    in one stream."""
 
-    def start(*arguments, config="shapes_mask_rcnn_R18_FPN_carafe", **environment):
+    def start(*arguments, config="shapes_mask_rcnn_R18_FPN_carafe.yaml", **environment):
+        lazy = config.endswith(".py")
         return subprocess.Popen(
             [
-                *(sys.executable, ROOT / "train_net.py"),
-                *("--config-file", ROOT / "configs" / f"{config}.yaml", *map(str, arguments)),
+                *(
+                    sys.executable,
+                    ROOT / ("tools/lazyconfig_train_net.py" if lazy else "train_net.py"),
+                ),
+                *("--config-file", ROOT / "configs" / config, *map(str, arguments)),
             ],
             env={**os.environ, "DETECTRON2_DATASETS": str(datasets), **environment},
             stdout=subprocess.PIPE,
@@ -124,6 +130,41 @@ def test_evaluation_only_gives_the_results_of_the_training(start, trained, tmp_p
     assert detections(tmp_path) == detections(folder)
 
 
+LAZY = "lazy/shapes_mask_rcnn_R18_FPN_carafe.py"
+
+
+def test_evaluation_by_lazy_config_gives_the_results_of_the_training(start, trained, tmp_path):
+    keys = [
+        *("dataloader.test.mapper.augmentations.0.short_edge_length=64",),
+        *("model.proposal_generator.post_nms_topk=[20,20]",),
+        *("model.roi_heads.box_predictor.test_score_thresh=0.0",),
+        *(
+            f"train.init_checkpoint={trained[0] / 'model_final.pth'}",
+            f"train.output_dir={tmp_path}",
+        ),
+    ]
+    output = finish(start("--eval-only", *keys, config=LAZY))
+    assert average_precisions(output) == average_precisions(trained[1])
+    assert detections(tmp_path) == detections(trained[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config-file", "absent.py"], r"config file 'absent\.py' does not exist"),
+        (["train.max_itr=1"], r"no key 'train\.max_itr'"),
+        (["dataloader.train.dataset.names=nonsense"], r"dataset 'nonsense' .* is not registered"),
+        (["train.init_checkpoint=absent.pth"], r"weights absent\.pth do not exist"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_mistakes_in_lazy_configs_get_one_clear_line(start, tmp_path, arguments, message):
+    keys = [] if "--config-file" in arguments else [f"train.output_dir={tmp_path}"]
+    output = finish(start(*arguments, *keys, config=LAZY), returncode=1)
+    assert re.search(f"^error: .*{message}", output, re.MULTILINE), output
+    assert "Traceback" not in output
+
+
 def test_results_are_verified(start, trained, tmp_path):
     output = finish(
         start(
@@ -158,7 +199,7 @@ def test_mistakes_get_one_clear_line(start, tmp_path, arguments, message):
 
 
 def test_missing_coco_names_path_and_variable(start, tmp_path):
-    process = start(config="mask_rcnn_R50_FPN_carafe_1x", DETECTRON2_DATASETS=str(tmp_path))
+    process = start(config="mask_rcnn_R50_FPN_carafe_1x.yaml", DETECTRON2_DATASETS=str(tmp_path))
     output = finish(process, returncode=1)
     path = tmp_path / "coco/annotations/instances_train2017.json"
     assert f"{path} does not exist" in output

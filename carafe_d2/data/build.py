@@ -2,10 +2,10 @@
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.data import (
     DatasetCatalog,
     DatasetFromList,
@@ -41,7 +41,7 @@ def check_datasets(names: Iterable[str]) -> None:
         if name not in DatasetCatalog:
             raise UserError(f"dataset {name!r} of DATASETS.TRAIN or TEST is not registered")
         metadata = MetadataCatalog.get(name)
-        for key in ("json_file", "image_root"):
+        for key in ("json_file", "image_root", "panoptic_json", "panoptic_root", "sem_seg_root"):
             path = metadata.get(key)
             if path and not PathManager.exists(path):
                 cure = metadata.get("how_to_get", "put it there")
@@ -87,6 +87,9 @@ class TrainLoader:
     interruption exactly as it would have gone on without it: set ``seed`` and ``start_iter`` to
     those of the checkpoint before the first batch is taken.
 
+    The images of all processes' batches together, and their augmentation, are the same whatever
+    the number of processes is, unless orientations are batched apart.
+
     Attributes:
         seed: determines everything random in training.
         start_iter: the iteration of the first batch.
@@ -120,9 +123,15 @@ class TrainLoader:
         self._batch_size = batch_size
         self._num_workers = num_workers
 
+    def state_dict(self) -> dict:
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.seed = state_dict["seed"]
+
     def _seed_of(self, *key: int) -> int:
         """A seed for one thing in training, independent of those of other keys."""
-        return int(np.random.SeedSequence([self.seed, comm.get_rank(), *key]).generate_state(1)[0])
+        return int(np.random.SeedSequence([self.seed, *key]).generate_state(1)[0])
 
     def _batches(self) -> Iterator[list[int]]:
         """All batches of indices, from iteration 0."""
@@ -136,8 +145,14 @@ class TrainLoader:
 
     def _seeded_batches(self) -> Iterator[list[tuple[int, int]]]:
         batches = itertools.islice(enumerate(self._batches()), self.start_iter, None)
+        # The samplers deal the images out to the processes in turn; counted from 1, for a key with
+        # a zero at its end gives the seed of the key without it.
+        rank, processes = comm.get_rank(), comm.get_world_size()
         for iteration, batch in batches:
-            yield [(self._seed_of(iteration, i), index) for i, index in enumerate(batch, start=1)]
+            yield [
+                (self._seed_of(0, iteration, 1 + rank + processes * i), index)
+                for i, index in enumerate(batch)
+            ]
 
     def __iter__(self) -> Iterator[list[dict]]:
         # A generator, so that nothing happens before the first batch is taken: the trainer makes
@@ -149,59 +164,99 @@ class TrainLoader:
             collate_fn=trivial_batch_collator,
         )
         for iteration, batch in enumerate(loader, start=self.start_iter):
-            seed_all_rng(self._seed_of(iteration))
+            seed_all_rng(self._seed_of(comm.get_rank(), iteration))
             yield batch
 
 
-def build_train_loader(cfg: CfgNode) -> TrainLoader:
-    """Builds the training loader that a config describes; the counterpart of Detectron2's
-    ``build_detection_train_loader``, with the same keys.
+def _train_loader_from_config(cfg: CfgNode) -> dict:
+    return {
+        "dataset": get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=(
+                cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+            ),
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        ),
+        "mapper": CarafeDatasetMapper(cfg, True),
+        "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
+        "sampler": cfg.DATALOADER.SAMPLER_TRAIN,
+        "repeat_threshold": cfg.DATALOADER.REPEAT_THRESHOLD,
+        # Detectron2 0.6 has the sampler, but not the key.
+        "random_subset_ratio": cfg.DATALOADER.get("RANDOM_SUBSET_RATIO", 1.0),
+        "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "seed": cfg.SEED,
+    }
+
+
+@configurable(from_config=_train_loader_from_config)
+def build_train_loader(
+    dataset: list[dict],
+    *,
+    mapper: Callable[[dict], dict],
+    total_batch_size: int,
+    sampler: str = "TrainingSampler",
+    repeat_threshold: float = 0.0,
+    random_subset_ratio: float = 1.0,
+    aspect_ratio_grouping: bool = True,
+    num_workers: int = 0,
+    seed: int = -1,
+) -> TrainLoader:
+    """Builds the training loader; the counterpart of Detectron2's ``build_detection_train_loader``,
+    from a config with the same keys or from explicit arguments.
+
+    Args:
+        dataset: Detectron2's dicts of images, see
+            :func:`detectron2.data.get_detection_dataset_dicts`.
+        mapper: makes of such a dict what the model takes, e.g. :class:`CarafeDatasetMapper`.
+        total_batch_size: images in a batch of all processes together (SOLVER.IMS_PER_BATCH).
+        sampler: "TrainingSampler", "RepeatFactorTrainingSampler" or "RandomSubsetTrainingSampler"
+            of Detectron2 (DATALOADER.SAMPLER_TRAIN).
+        repeat_threshold: of the second (DATALOADER.REPEAT_THRESHOLD).
+        random_subset_ratio: of the third (DATALOADER.RANDOM_SUBSET_RATIO).
+        aspect_ratio_grouping: whether a process batches images of one orientation together.
+        num_workers: data-loading processes of each process.
+        seed: determines everything random in training; a negative one is replaced by a random one.
 
     Raises:
-        UserError: DATALOADER.SAMPLER_TRAIN is unknown, or SOLVER.IMS_PER_BATCH cannot be shared
-            among the processes.
+        UserError: the sampler is unknown, or the batch cannot be shared among the processes.
     """
-    dicts = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=(
-            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-        ),
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
-
     samplers = {
-        "TrainingSampler": lambda seed: TrainingSampler(len(dicts), seed=seed),
+        "TrainingSampler": lambda seed: TrainingSampler(len(dataset), seed=seed),
         "RepeatFactorTrainingSampler": lambda seed: RepeatFactorTrainingSampler(
             RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-                dicts, cfg.DATALOADER.REPEAT_THRESHOLD
+                dataset, repeat_threshold
             ),
             seed=seed,
         ),
         "RandomSubsetTrainingSampler": lambda seed: RandomSubsetTrainingSampler(
-            len(dicts), cfg.DATALOADER.RANDOM_SUBSET_RATIO, seed_shuffle=seed, seed_subset=seed
+            len(dataset), random_subset_ratio, seed_shuffle=seed, seed_subset=seed
         ),
     }
-    sampler = cfg.DATALOADER.SAMPLER_TRAIN
     if sampler not in samplers:
         raise UserError(
-            f"DATALOADER.SAMPLER_TRAIN must be one of {', '.join(samplers)}, got {sampler!r}"
+            "the sampler, DATALOADER.SAMPLER_TRAIN or dataloader.train.sampler, must be one of "
+            f"{', '.join(samplers)}, got {sampler!r}"
         )
 
-    batch_size, rest = divmod(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
+    batch_size, rest = divmod(total_batch_size, comm.get_world_size())
     if rest or not batch_size:
         raise UserError(
-            f"SOLVER.IMS_PER_BATCH = {cfg.SOLVER.IMS_PER_BATCH} must be a multiple of the number "
-            f"of processes, {comm.get_world_size()}"
+            f"a batch of {total_batch_size} images cannot be shared among {comm.get_world_size()} "
+            "processes: SOLVER.IMS_PER_BATCH or dataloader.train.total_batch_size must be a "
+            "multiple of their number"
         )
 
+    # Datasets of semantic segmentation alone do not know the sizes of their images.
+    grouped = aspect_ratio_grouping and all("width" in d for d in dataset)
     return TrainLoader(
-        MapDataset(DatasetFromList(dicts, copy=False), CarafeDatasetMapper(cfg, True)),
-        [d["width"] > d["height"] for d in dicts] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
+        MapDataset(DatasetFromList(dataset, copy=False), mapper),
+        [d["width"] > d["height"] for d in dataset] if grouped else None,
         samplers[sampler],
-        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        seed=seed if seed >= 0 else comm.shared_random_seed(),
         batch_size=batch_size,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        num_workers=num_workers,
     )
 
 

@@ -92,6 +92,31 @@ def test_ranks_share_the_images(monkeypatch):
     assert not {item[1] for item in seen[0]} & {item[1] for item in seen[1]}
 
 
+def test_images_and_augmentation_do_not_depend_on_the_number_of_processes(monkeypatch):
+    whole = [batch for batch, _ in steps(loader(batch_size=4), 6)]
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        shares.append([batch for batch, _ in steps(loader(batch_size=2), 6)])
+    assert [sorted(a + b) for a, b in zip(*shares, strict=True)] == [sorted(b) for b in whole]
+
+
+def test_processes_draw_numbers_of_their_own(monkeypatch):
+    """In the model, say for the sampling of RoIs."""
+    draws = set()
+    for rank in (0, 1):
+        monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
+        draws |= {draw for _, draw in steps(loader(), 3)}
+    assert len(draws) == 6
+
+
+def test_state_is_the_seed():
+    other = loader(seed=1)
+    other.load_state_dict(loader(seed=7).state_dict())
+    assert steps(other, 3) == steps(loader(seed=7), 3)
+
+
 def test_orientations_are_batched_as_by_detectron2():
     wide = [i % 3 == 0 for i in range(10)]
     ours = [[item[0] for item in batch] for batch, _ in steps(loader(wide=wide), 20)]
@@ -147,13 +172,24 @@ def test_mapper_passes_good_images(broken_dataset):
     assert CarafeDatasetMapper(broken_config(), is_train=False)(record)["image"].shape[0] == 3
 
 
+def test_loader_from_explicit_arguments(broken_dataset):
+    """What LazyConfigs call; an image in each batch of the one that the dataset has."""
+    records = DatasetCatalog.get("broken_for_test")
+    options = {"mapper": lambda record: record["image_id"], "total_batch_size": 2}
+    samplers = ["TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"]
+    for sampler in samplers:
+        built = build_train_loader(records, sampler=sampler, seed=3, **options)
+        assert built.seed == 3
+        assert next(iter(built)) == [0, 0]
+
+
 def test_wrong_keys_are_named(broken_dataset, monkeypatch):
     cfg = broken_config()
     cfg.DATALOADER.SAMPLER_TRAIN = "BestSampler"
     with pytest.raises(UserError, match=r"DATALOADER.SAMPLER_TRAIN .*'BestSampler'"):
         build_train_loader(cfg)
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
-    with pytest.raises(UserError, match=r"SOLVER.IMS_PER_BATCH = 1 .* 2"):
+    with pytest.raises(UserError, match=r"batch of 1 images .* 2 processes: SOLVER\.IMS_PER_BATCH"):
         build_train_loader(broken_config())
 
 

@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Trains and evaluates detectors with CARAFE from LazyConfigs, Detectron2's configs in Python.
+
+    python tools/lazyconfig_train_net.py --num-gpus 8 \\
+        --config-file configs/lazy/mask_rcnn_R50_FPN_carafe_1x.py \\
+        train.max_iter=1000 model.backbone.upsampler.up_kernel=3
+
+Differences from Detectron2's script of that name are those of ``train_net.py``.
+"""
+
+import torch
+from detectron2.config import instantiate
+from detectron2.engine import default_argument_parser, default_setup, default_writers, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from omegaconf import OmegaConf
+
+from carafe_d2 import CarafeCheckpointer
+from carafe_d2.data.build import check_datasets
+from carafe_d2.engine import (
+    build_checkpointer,
+    build_trainer,
+    launch,
+    resume_or_load,
+    share_buffers,
+)
+from carafe_d2.lazy_config import load_lazy_config
+
+
+def build_model(cfg):
+    model = instantiate(cfg.model).to(cfg.train.device)
+    if cfg.train.get("channels_last"):
+        model.to(memory_format=torch.channels_last)
+    return model
+
+
+def test(cfg, model):
+    if "evaluator" not in cfg.dataloader:
+        return {}
+    share_buffers(model)
+    results = inference_on_dataset(
+        model, instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+    )
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results
+
+
+def train(cfg, resume):
+    model = build_model(cfg)
+    cfg.optimizer.params.model = model
+    trainer = build_trainer(
+        model,
+        instantiate(cfg.dataloader.train),
+        instantiate(cfg.optimizer),
+        amp=cfg.train.amp.enabled,
+        **cfg.train.ddp,
+    )
+    checkpointer = build_checkpointer(trainer, cfg.train.output_dir)
+    is_main = comm.is_main_process()
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer) if is_main else None,
+            hooks.EvalHook(cfg.train.eval_period, lambda: test(cfg, trainer.model)),
+            hooks.PeriodicWriter(
+                default_writers(cfg.train.output_dir, cfg.train.max_iter),
+                period=cfg.train.log_period,
+            )
+            if is_main
+            else None,
+        ]
+    )
+    start_iter = resume_or_load(checkpointer, trainer, cfg.train.init_checkpoint, resume=resume)
+    trainer.train(start_iter, cfg.train.max_iter)
+
+
+def setup(args):
+    """Builds the config from file and command line, and checks that its data is there."""
+    cfg = load_lazy_config(args.config_file, args.opts, eval_only=args.eval_only)
+    for loader in ["test"] if args.eval_only else ["train", "test"]:
+        names = OmegaConf.select(cfg, f"dataloader.{loader}.dataset.names", default=[])
+        check_datasets([names] if isinstance(names, str) else names)
+    default_setup(cfg, args)
+    return cfg
+
+
+def main(args):
+    cfg = setup(args)
+    if args.eval_only:
+        model = build_model(cfg)
+        CarafeCheckpointer(model, save_dir=cfg.train.output_dir).resume_or_load(
+            cfg.train.init_checkpoint, resume=args.resume
+        )
+        test(cfg, model)
+    else:
+        train(cfg, args.resume)
+
+
+if __name__ == "__main__":
+    launch(main, default_argument_parser().parse_args())
