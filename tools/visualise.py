@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws a model's predictions beside the ground truth of a dataset, as one PNG.
+r"""Draws a model's predictions beside the ground truth of a dataset, as one PNG.
 
 Example:
     python tools/visualise.py --config-file configs/shapes_mask_rcnn_R18_FPN_carafe.yaml \
@@ -11,15 +11,12 @@ import os
 
 import cv2
 import numpy as np
-import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
-from detectron2.modeling import build_model
 from detectron2.utils.visualizer import Visualizer
+from inference import Predictor, read_image, save_image
 
-from carafe_d2 import CarafeCheckpointer
 from carafe_d2.config import load_config
-from carafe_d2.data.build import CarafeDatasetMapper, check_datasets
+from carafe_d2.data.build import check_datasets
 from carafe_d2.errors import UserError, exit_on_user_error
 
 
@@ -30,7 +27,7 @@ def titled(image: np.ndarray, title: str) -> np.ndarray:
     return np.concatenate([bar, image])
 
 
-def draw_pair(model, mapper, record: dict, metadata, threshold: float, width: int) -> np.ndarray:
+def draw_pair(predictor: Predictor, record: dict, threshold: float, width: int) -> np.ndarray:
     """Draws one image of a dataset twice, with ground truth and with predictions.
 
     Args:
@@ -41,12 +38,11 @@ def draw_pair(model, mapper, record: dict, metadata, threshold: float, width: in
     Returns:
         RGB image (height, 2 * width + 8, 3), uint8.
     """
-    image = read_image(record["file_name"], format="RGB")
-    with torch.no_grad():
-        instances = model([mapper(record)])[0]["instances"].to("cpu")
+    image = read_image(record["file_name"])
+    (instances,) = predictor([image])
     instances = instances[instances.scores >= threshold]
 
-    scale = width / image.shape[1]
+    metadata, scale = predictor.metadata, width / image.shape[1]
     truth = Visualizer(image, metadata, scale=scale).draw_dataset_dict(record)
     predictions = Visualizer(image, metadata, scale=scale).draw_instance_predictions(instances)
     left = titled(truth.get_image(), f"ground truth: {os.path.basename(record['file_name'])}")
@@ -64,24 +60,25 @@ def parse_args():
     parser.add_argument("--width", type=int, default=384, help="width of one picture in pixels")
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest score drawn")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("images", "columns", "width"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    return args
 
 
 @exit_on_user_error()
 def main():
     args = parse_args()
     cfg = load_config(args.config_file, args.opts)
+    if not (args.dataset or cfg.DATASETS.TEST):
+        raise UserError("DATASETS.TEST is empty; name a dataset with --dataset")
     dataset = args.dataset or cfg.DATASETS.TEST[0]
     check_datasets([dataset])
 
-    model = build_model(cfg).eval()
-    CarafeCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    mapper = CarafeDatasetMapper(cfg, is_train=False)
     records = DatasetCatalog.get(dataset)[: args.images]
-    pairs = [
-        draw_pair(model, mapper, r, MetadataCatalog.get(dataset), args.threshold, args.width)
-        for r in records
-    ]
+    predictor = Predictor(cfg, MetadataCatalog.get(dataset))
+    pairs = [draw_pair(predictor, record, args.threshold, args.width) for record in records]
 
     # Pictures differ in height, so each goes into a cell of the largest one's size.
     height, width = np.max([pair.shape[:2] for pair in pairs], axis=0)
@@ -91,9 +88,7 @@ def main():
     for i, pair in enumerate(pairs):
         y, x = i // columns * (height + 8), i % columns * (width + 24)
         sheet[y : y + pair.shape[0], x : x + pair.shape[1]] = pair
-    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
-    if not cv2.imwrite(args.output, sheet[:, :, ::-1]):
-        raise UserError(f"cannot write {args.output}")
+    save_image(args.output, sheet)
     print(f"{len(pairs)} images drawn to {args.output}")
 
 

@@ -1,0 +1,180 @@
+"""What the programs that look at a trained detector share: its loading, its input, its pictures."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import Metadata, MetadataCatalog, detection_utils
+from detectron2.data.transforms import AugInput, AugmentationList
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from PIL import UnidentifiedImageError
+from torch import nn
+
+from carafe_d2 import CarafeCheckpointer, mmdet
+from carafe_d2.errors import UserError
+
+
+def split_opts(values: Sequence[str], opts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Gives config keys back that argparse took for further values of the option before them.
+
+    Args:
+        values: of an option that takes several, e.g. ["a.jpg", "MODEL.WEIGHTS", "model.pth"].
+        opts: the config keys and values that argparse found.
+
+    Returns:
+        Both as they were meant: ["a.jpg"] and ["MODEL.WEIGHTS", "model.pth", *opts].
+    """
+    sections = get_cfg().keys()
+    for i, value in enumerate(values):
+        if value.split(".")[0] in sections and not os.path.exists(value):
+            return list(values[:i]), [*values[i:], *opts]
+    return list(values), list(opts)
+
+
+class CompleteCheckpointer(CarafeCheckpointer):
+    """Refuses Detectron2's checkpoints, too, where a weight of the model is missing."""
+
+    def _log_incompatible_keys(self, incompatible):
+        missing = [name for name in incompatible.missing_keys if not mmdet.is_counter(name)]
+        if missing:
+            raise UserError(
+                f"MODEL.WEIGHTS are not of this config's model: they lack {mmdet.listed(missing)}"
+            )
+        super()._log_incompatible_keys(incompatible)
+
+
+def load_detector(cfg: CfgNode) -> nn.Module:
+    """Builds the model of a config in evaluation mode, with the weights of MODEL.WEIGHTS.
+
+    Raises:
+        UserError: a part of the model is not known here, there are no such weights, or they are
+            not all that the model needs.
+    """
+    if not cfg.MODEL.WEIGHTS:
+        raise UserError("MODEL.WEIGHTS is empty; end the command with MODEL.WEIGHTS and a file")
+    try:
+        model = build_model(cfg).eval()
+    except KeyError as error:  # what a registry raises for the modules of another project
+        raise UserError(f"the config's model cannot be built: {error.args[0]}") from error
+    CompleteCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
+
+
+class Predictor:
+    """A trained detector from images to instances, with the resizing of the evaluation.
+
+    Attributes:
+        model: the detector.
+        metadata: names and ids of the classes, as in Detectron2's MetadataCatalog.
+    """
+
+    def __init__(self, cfg: CfgNode, metadata: Metadata | None = None):
+        """
+        Args:
+            cfg: a config with its weights in MODEL.WEIGHTS.
+            metadata: names and ids of the classes; default: those of DATASETS.TEST.
+
+        Raises:
+            UserError: see :func:`load_detector`; or model and metadata differ in the number of
+                classes, or INPUT.FORMAT is neither RGB nor BGR.
+        """
+        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+            raise UserError(f"INPUT.FORMAT must be RGB or BGR, got {cfg.INPUT.FORMAT!r}")
+        self.model = load_detector(cfg)
+        if metadata is None:
+            metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
+        self.metadata = metadata or Metadata()
+        names = self.metadata.get("thing_classes")
+        classes = mmdet.num_classes(self.model.state_dict())
+        if names and classes and len(names) != classes:
+            raise UserError(
+                f"the model tells {classes} classes apart and {self.metadata.name!r} has "
+                f"{len(names)}; set DATASETS.TEST to a dataset with the model's classes"
+            )
+        self._format = cfg.INPUT.FORMAT
+        self._resize = AugmentationList(detection_utils.build_augmentation(cfg, is_train=False))
+
+    def resize(self, image: np.ndarray) -> np.ndarray:
+        """The image (H, W, 3) in the size that the model sees."""
+        resized = AugInput(image)
+        self._resize(resized)
+        return resized.image
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[np.ndarray]) -> list[Instances]:
+        """Detects objects in a batch of images.
+
+        A batch is padded to its largest image, which changes the others' scores a little.
+
+        Args:
+            images: RGB, (H, W, 3), uint8; they may differ in size.
+
+        Returns:
+            What the model found in each, on the CPU, in the pixels of that image.
+
+        Raises:
+            UserError: the model puts out no instances, or the memory does not suffice.
+        """
+        inputs = []
+        for image in images:
+            height, width = image.shape[:2]
+            resized = self.resize(image if self._format == "RGB" else image[:, :, ::-1])
+            tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+            inputs.append({"image": tensor, "height": height, "width": width})
+        try:
+            outputs = self.model(inputs)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"a batch of {len(images)} does not fit into the GPU") from error
+        if "instances" not in outputs[0]:
+            raise UserError(f"the model puts out {', '.join(outputs[0])} and no instances")
+        return [output["instances"].to("cpu") for output in outputs]
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Reads an image file, turned as its EXIF data says.
+
+    Returns:
+        RGB, (H, W, 3), uint8.
+
+    Raises:
+        UserError: the file is missing or no image that Pillow can decode.
+    """
+    try:
+        return detection_utils.read_image(str(path), format="RGB")
+    except Exception as error:  # each of Pillow's decoders has errors of its own
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is in no format that Pillow knows"
+        raise UserError(f"cannot read image {path}: {reason}") from error
+
+
+def save_image(path: str | Path, image: np.ndarray) -> None:
+    """Writes an RGB image (H, W, 3), uint8, in the format of the file name's suffix.
+
+    Raises:
+        UserError: the suffix is of no image format, or the file cannot be written.
+    """
+    path = Path(path)
+    try:
+        data = cv2.imencode(path.suffix, image[:, :, ::-1])[1]
+    except cv2.error as error:
+        raise UserError(f"cannot write {path}: name it .png or .jpg") from error
+    write_file(path, data.tobytes())
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Writes a file, and the folders above it where they are missing.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(data)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,420 @@
+#!/usr/bin/env python3
+r"""Draws the reassembly kernels that CARAFE predicts in a feature pyramid, for points of an image.
+
+For each point, the upper row shows the kernel at every level of the top-down path: the k x k cells
+of the coarser level that are reassembled into the point's cell of the finer one, with their
+weights. The lower row accumulates them from the finest level on: the weights with which all cells
+of each coarser level reach the point (figures 1 and 6 of the paper, arXiv 1905.02188).
+
+Example:
+    python tools/show_kernels.py --config-file configs/shapes_mask_rcnn_R18_FPN_carafe.yaml \
+        --input datasets/shapes/val/000000.png --output kernels.png --points 40,62 90,30 \
+        MODEL.WEIGHTS output/shapes_mask_rcnn_R18_FPN_carafe/model_final.pth
+"""
+
+import argparse
+import dataclasses
+import io
+import itertools
+from pathlib import Path
+
+import cv2
+import matplotlib
+import numpy as np
+import torch
+from detectron2.structures import Instances
+from inference import Predictor, read_image, split_opts, write_file
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+from torch.nn import functional as F
+
+from carafe_d2 import CarafeFPN, CARAFEPack, carafe
+from carafe_d2.config import load_config
+from carafe_d2.errors import UserError, exit_on_user_error
+
+DEFAULT_POINTS = 2  # in the objects that are detected with the highest scores
+MOST_NUMBERS = 7  # side of the largest kernel whose weights are written out
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Upsampling:
+    """One step of the top-down path and the kernels that CARAFE predicted for it.
+
+    Attributes:
+        fine, coarse: names of the levels, e.g. "p2" and "p3".
+        scale: upsampling ratio.
+        stride: side of a cell of the coarse level in pixels of the model's input.
+        masks: (groups, k*k, scale * H, scale * W) for a coarse level of (H, W), float32; sums to
+            one over the k*k taps.
+    """
+
+    fine: str
+    coarse: str
+    scale: int
+    stride: int
+    masks: Tensor
+
+    @property
+    def kernel_size(self) -> int:
+        return round(self.masks.shape[1] ** 0.5)
+
+    def kernel(self, row: int, column: int) -> np.ndarray:
+        """The kernel (k, k) of a cell of the fine level, the mean of all groups."""
+        k = self.kernel_size
+        return self.masks[:, :, row, column].mean(dim=0).view(k, k).numpy()
+
+    def reassembled(self, weights: Tensor) -> Tensor:
+        """Which cells of the coarse level cells of the fine level are made of.
+
+        Reassembly is linear, so this is its adjoint, which is its gradient in the features.
+
+        Args:
+            weights: (groups, scale * H, scale * W) of the cells of the fine level.
+
+        Returns:
+            (groups, H, W): the weights of the cells of the coarse level. Where kernels reach over
+            the border of the map, they sum to less.
+        """
+        groups, height, width = weights.shape
+        features = torch.zeros(1, groups, height // self.scale, width // self.scale)
+        features.requires_grad_()
+        masks = self.masks.flatten(0, 1)[None]
+        with torch.enable_grad():
+            out = carafe(features, masks, self.kernel_size, groups, self.scale)
+            return torch.autograd.grad(out, features, weights[None])[0][0]
+
+
+def predict_kernels(predictor: Predictor, image: np.ndarray) -> tuple[Instances, list[Upsampling]]:
+    """Runs a detector on an image and keeps the kernels of its feature pyramid.
+
+    Args:
+        image: RGB, (H, W, 3), uint8.
+
+    Returns:
+        What it detects, and the steps of the top-down path from the finest on.
+
+    Raises:
+        UserError: the model's backbone is no pyramid that upsamples with CARAFE.
+    """
+    backbone = getattr(predictor.model, "backbone", None)
+    upsamplers = {}
+    if isinstance(backbone, CarafeFPN):
+        names = list(backbone.output_shape())
+        for fine, coarse in itertools.pairwise(names):
+            upsamplers[fine, coarse] = getattr(backbone, f"fpn_upsample{fine.removeprefix('p')}")
+    if not upsamplers or not all(isinstance(u, CARAFEPack) for u in upsamplers.values()):
+        raise UserError(
+            "the config's backbone does not upsample with CARAFE; take a config with "
+            "build_resnet_carafe_fpn_backbone and MODEL.FPN.UPSAMPLE carafe"
+        )
+
+    logits = {}
+    hooks = [
+        pack.content_encoder.register_forward_hook(
+            lambda module, inputs, output, step=step: logits.update({step: output})
+        )
+        for step, pack in upsamplers.items()
+    ]
+    try:
+        (instances,) = predictor([image])
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    steps = []
+    for (fine, coarse), pack in upsamplers.items():
+        shuffled = F.pixel_shuffle(logits[fine, coarse].float(), pack.scale_factor)[0].cpu()
+        masks = shuffled.unflatten(0, (pack.up_group, pack.up_kernel**2)).softmax(dim=1)
+        stride = backbone.output_shape()[coarse].stride
+        steps.append(Upsampling(fine, coarse, pack.scale_factor, stride, masks))
+    return instances, steps
+
+
+def accumulate(steps: list[Upsampling], row: int, column: int) -> list[np.ndarray]:
+    """Which cells of the coarser levels a cell of the finest level is made of.
+
+    Args:
+        steps: the top-down path from the finest level on.
+        row, column: of the cell of the finest level.
+
+    Returns:
+        For each step the weights (H, W) of the cells of its coarse level, the mean of all groups.
+        They sum to one, less what kernels take from outside of the maps, where there is nothing.
+    """
+    groups, _, height, width = steps[0].masks.shape
+    weights = torch.zeros(groups, height, width)
+    weights[:, row, column] = 1
+    accumulated = []
+    for step in steps:
+        weights = step.reassembled(weights)
+        accumulated.append(weights.mean(dim=0).numpy())
+    return accumulated
+
+
+# --- points -------------------------------------------------------------------------------------
+
+
+def parse_point(text: str) -> tuple[int, int]:
+    """Reads "x,y".
+
+    Raises:
+        UserError: it is anything else.
+    """
+    try:
+        x, y = map(int, text.split(","))
+    except ValueError:
+        raise UserError(f"--points are given as x,y in whole pixels, got {text!r}") from None
+    return x, y
+
+
+def innermost_points(instances: Instances, number: int) -> list[tuple[int, int]]:
+    """For the detections of the highest scores the point of their mask farthest from its border.
+
+    Without masks, the centre of the box. Points are (x, y) in pixels.
+    """
+    points = []
+    height, width = instances.image_size
+    best = instances[instances.scores.argsort(descending=True)[:number]]
+    for i in range(len(best)):
+        x, y = map(int, best.pred_boxes[i].get_centers()[0])
+        if best.has("pred_masks") and best.pred_masks[i].any():
+            mask = np.pad(best.pred_masks[i].numpy().astype(np.uint8), 1)  # the border is outside
+            distance = cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+            y, x = map(int, np.unravel_index(distance.argmax(), distance.shape))
+        points.append((min(x, width - 1), min(y, height - 1)))
+    return list(dict.fromkeys(points))
+
+
+def locate(
+    point: tuple[int, int], scale: np.ndarray, steps: list[Upsampling]
+) -> list[tuple[int, int]]:
+    """The cell (row, column) of each step's fine level that a point lies in.
+
+    Args:
+        point: (x, y) in pixels of the image.
+        scale: size (x, y) in pixels of the image of a pixel of the model's input.
+        steps: the top-down path from the finest level on.
+    """
+    stride = steps[0].stride / steps[0].scale
+    column, row = ((np.array(point) + 0.5) / scale // stride).astype(int).tolist()
+    path = []
+    for step in steps:
+        path.append((row, column))
+        row, column = row // step.scale, column // step.scale
+    return path
+
+
+# --- drawing ------------------------------------------------------------------------------------
+
+# From transparent to red, so that the image shows where there is no weight.
+COLOURS = ListedColormap(
+    np.c_[
+        matplotlib.colormaps["YlOrRd"](np.linspace(0.15, 0.9, 256))[:, :3],
+        np.linspace(0, 1, 256) ** 0.4,
+    ]
+)
+POINT = "#008f3c"
+OUTLINE = [patheffects.withStroke(linewidth=3, foreground="white")]
+FONT_SIZES = {"axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8}
+
+
+def show_image(panel: Axes, image: np.ndarray) -> None:
+    """Draws an image in the coordinates of its pixels, the origin in the corner of the first."""
+    height, width = image.shape[:2]
+    panel.imshow(image, extent=(0, width, height, 0))
+    panel.set(xticks=[], yticks=[], facecolor="0.85")
+
+
+def show_weights(
+    panel: Axes,
+    image: np.ndarray,
+    weights: np.ndarray,
+    corner: np.ndarray,
+    cell: np.ndarray,
+    top: float,
+) -> None:
+    """Lays weights over the pale image, and shows that part of it.
+
+    Args:
+        weights: (rows, columns) of cells of a feature map.
+        corner: (x, y) of the first cell's upper left corner in pixels of the image.
+        cell: size (x, y) of a cell in pixels of the image.
+        top: the weight at the end of the colour scale.
+    """
+    show_image(panel, 255 - (255 - image) // 3)
+    (left, upper), (right, lower) = corner, corner + cell * weights.shape[::-1]
+    extent = (left, right, lower, upper)
+    panel.imshow(weights, COLOURS, vmin=0, vmax=top, extent=extent, interpolation="nearest")
+    panel.set(xlim=(left, right), ylim=(lower, upper))
+
+
+def show_kernel(
+    panel: Axes,
+    image: np.ndarray,
+    step: Upsampling,
+    row: int,
+    column: int,
+    cell: np.ndarray,
+    top: float,
+) -> None:
+    """Draws the kernel of a cell of the fine level over what it covers of the image.
+
+    Args:
+        row, column: of the cell of the fine level, which is framed.
+        cell, top: see :func:`show_weights`.
+    """
+    kernel, k = step.kernel(row, column), step.kernel_size
+    first = np.array([column // step.scale, row // step.scale]) - k // 2
+    show_weights(panel, image, kernel, first * cell, cell, top)
+    for i in range(1, k):
+        panel.axvline((first[0] + i) * cell[0], color="white", lw=0.5)
+        panel.axhline((first[1] + i) * cell[1], color="white", lw=0.5)
+    frame = Rectangle(
+        np.array([column, row]) * cell / step.scale,
+        *(cell / step.scale),
+        fill=False,
+        edgecolor=POINT,
+        lw=1.4,
+    )
+    frame.set_path_effects(OUTLINE)
+    panel.add_patch(frame)
+    if k > MOST_NUMBERS:
+        return
+    for (i, j), weight in np.ndenumerate(kernel):
+        text = f"{weight:.2f}".removeprefix("0")
+        if text != ".00":
+            x, y = (first + np.array([j, i]) + 0.5) * cell
+            colour = "white" if weight > 0.6 * top else "black"
+            panel.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
+
+
+def mark(panel: Axes, point: tuple[int, int], size: float) -> None:
+    x, y = point
+    (line,) = panel.plot(x + 0.5, y + 0.5, "+", color=POINT, markersize=size, markeredgewidth=1.6)
+    line.set_path_effects(OUTLINE)
+
+
+def show_scale(panel: Axes, top: float, label: str) -> None:
+    """Draws the colour scale from 0 to ``top``, somewhat narrower than the panel."""
+    panel.set_axis_off()
+    inset = panel.inset_axes((0.06, 0, 0.88, 1))
+    colours = ScalarMappable(Normalize(0, top), COLOURS)
+    panel.figure.colorbar(colours, inset, orientation="horizontal", label=label)
+
+
+@matplotlib.rc_context(FONT_SIZES)
+def draw(
+    image: np.ndarray,
+    steps: list[Upsampling],
+    points: list[tuple[int, int]],
+    input_size: tuple[int, int],
+) -> Figure:
+    """Draws two rows for each point, kernels and their accumulation, with a column for each step.
+
+    Args:
+        image: RGB, (H, W, 3), uint8.
+        steps: the top-down path from the finest level on.
+        points: (x, y) in pixels of the image.
+        input_size: height and width of the image as the model saw it.
+    """
+    height, width = image.shape[:2]
+    scale = np.array([width / input_size[1], height / input_size[0]])  # pixels a pixel of the input
+    cells = [locate(point, scale, steps) for point in points]
+    top = max(
+        step.kernel(*at).max() for path in cells for step, at in zip(steps, path, strict=True)
+    )
+
+    side = 1.7  # inches
+    aspect = min(max(height / width, 0.4), 2.5)
+    heights = [side, side * aspect] * len(points)
+    columns = len(steps) + 1
+    figure = Figure(
+        figsize=(side * columns + 0.2, sum(heights) + 0.3 * len(heights) + 0.8),
+        layout="constrained",
+    )
+    grid = figure.add_gridspec(len(heights) + 1, columns, height_ratios=[*heights, 0.12])
+    for i, (point, path) in enumerate(zip(points, cells, strict=True)):
+        panel = figure.add_subplot(grid[2 * i : 2 * i + 2, 0], title=f"point {point[0]},{point[1]}")
+        show_image(panel, image)
+        mark(panel, point, 16)
+        maps = accumulate(steps, *path[0])
+        for j, (step, at, weights) in enumerate(zip(steps, path, maps, strict=True), start=1):
+            cell = step.stride * scale
+            panel = figure.add_subplot(grid[2 * i, j], title=f"{step.coarse} to {step.fine}")
+            show_kernel(panel, image, step, *at, cell, top)
+
+            title = f"{step.coarse} to {steps[0].fine}, accumulated"
+            panel = figure.add_subplot(grid[2 * i + 1, j], title=title)
+            show_weights(panel, image, weights, np.zeros(2), cell, weights.max())
+            panel.set(xlim=(0, width), ylim=(height, 0))
+            mark(panel, point, 8)
+
+    middle = 1 + len(steps) // 2
+    show_scale(figure.add_subplot(grid[-1, 1:middle]), top, "upper rows: weight in the kernel")
+    show_scale(
+        figure.add_subplot(grid[-1, middle:]), 1, "lower rows: weight, as a share of the largest"
+    )
+    return figure
+
+
+def parse_args():
+    description, _, details = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE")
+    parser.add_argument("--input", required=True, metavar="IMAGE")
+    parser.add_argument("--output", type=Path, default=Path("kernels.png"), help="the PNG to write")
+    parser.add_argument(
+        "--points",
+        nargs="+",
+        default=[],
+        metavar="X,Y",
+        help="pixels of the image; default: the innermost of the best detections",
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    args = parser.parse_args()
+    args.points, args.opts = split_opts(args.points, args.opts)
+    return args
+
+
+@exit_on_user_error()
+def main():
+    args = parse_args()
+    points = [parse_point(text) for text in args.points]
+    cfg = load_config(args.config_file, args.opts)
+    image = read_image(args.input)
+    height, width = image.shape[:2]
+    for x, y in points:
+        if not (0 <= x < width and 0 <= y < height):
+            raise UserError(
+                f"--points: {x},{y} is outside of {args.input}, {width} x {height} pixels"
+            )
+    predictor = Predictor(cfg)
+    instances, steps = predict_kernels(predictor, image)
+    if not points:
+        points = innermost_points(instances, DEFAULT_POINTS) or [(width // 2, height // 2)]
+        chosen = (
+            "in the best detections" if len(instances) else "in the middle: nothing is detected"
+        )
+        print(f"points {' '.join(f'{x},{y}' for x, y in points)}, {chosen}")
+
+    picture = io.BytesIO()
+    input_size = predictor.resize(image).shape[:2]
+    draw(image, steps, points, input_size).savefig(picture, format="png", dpi=100)
+    write_file(args.output, picture.getvalue())
+    print(f"kernels of {len(points)} points drawn to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
