@@ -33,9 +33,9 @@ INFERENCE, TRAINING = MODES = ("inference", "training")
 SEED = 0
 OBJECTS = 8  # in the image that a detector is trained on
 LOGIT_SPREAD = 3.0  # standard deviation of the classification logits
-# Random proposals rarely fit an object well. With a low threshold as many of them count as
-# foreground as the config allows, so that every model trains its mask head on as many RoIs.
-FOREGROUND_IOU = 0.1
+# Random proposals rarely fit an object. Those that merely touch one count as foreground, so that
+# every model trains its mask head on as many RoIs as its config allows.
+FOREGROUND_IOU = 1e-6
 
 
 @dataclass(frozen=True)
