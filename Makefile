@@ -2,7 +2,13 @@
 # make test         set up, run the test suite
 # make bench        set up, measure CARAFE against other upsamplers (a quarter of an hour)
 # make compare      set up, train the small example with five upsamplers (half an hour)
+# make gpu-check    set up, check everything on this machine's GPU, write one report
+# make lint         set up, check style and types: ruff, mypy, clang-format
+# make format       set up, bring every file into the project's style
+# make dist         set up, build a source archive and, from it, a wheel: dist/
+# make clean        remove what was built here
 #
+# GPU_CHECK=options        for tools/gpu_check.py, e.g. '--quick' or '--mmcv mmcv-2.2.0.tar.gz'
 # PYTHON=python3.12        the interpreter that makes the virtual environment
 # VENV=path                the environment to use; default: the activated one, else .venv
 # DETECTRON2=requirement   the Detectron2 to install, e.g.
@@ -22,8 +28,10 @@ PIP := $(PY) -m pip
 # What was done for this checkout in this environment; removed together with the environment.
 STAMPS := $(VENV)/.carafe_d2$(subst /,_,$(CURDIR))
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
+CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' \
+	-o -name '*.inl')
 
-.PHONY: quickstart test bench compare lint environment clean
+.PHONY: quickstart test bench compare gpu-check lint format dist environment clean
 .DELETE_ON_ERROR:
 
 quickstart: environment
@@ -40,6 +48,7 @@ quickstart: environment
 	@echo "  predictions beside ground truth   $(OUTPUT)/predictions.png"
 	@echo "  weights, log, metrics             $(OUTPUT)/{model_final.pth,log.txt,metrics.json}"
 	@echo "  dataset                           $${DETECTRON2_DATASETS:-datasets}/shapes"
+	@echo "Look closer: $(PY) tools/plot_training.py $(OUTPUT), tools/predict.py, tools/show_kernels.py"
 	@echo "Next, the published model on COCO (expected in $${DETECTRON2_DATASETS:-datasets}/coco):"
 	@echo "  $(PY) train_net.py --config-file configs/mask_rcnn_R50_FPN_carafe_1x.yaml"
 
@@ -53,9 +62,22 @@ compare: environment
 	@$(PY) -m carafe_d2.data.shapes
 	@$(PY) tools/compare.py
 
+gpu-check: environment
+	$(PY) tools/gpu_check.py $(GPU_CHECK)
+
 lint: environment
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+
+format: environment
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+dist: environment
+	$(PY) -m build --no-isolation
 
 environment: $(STAMPS)/extension
 	@$(PY) tools/install_detectron2.py $(DETECTRON2)
@@ -77,10 +99,10 @@ $(STAMPS)/torch: | $(PY)
 
 $(STAMPS)/extension: $(STAMPS)/torch $(SOURCES)
 	@echo "== carafe_d2 and its compiled operator"
-	@$(PIP) install --quiet 'setuptools>=64' wheel ninja
+	@$(PIP) install --quiet 'setuptools>=77' ninja
 	@$(PY) setup.py --quiet build_ext --inplace
-	@$(PIP) install --quiet --no-build-isolation --editable '.[train,test]'
+	@$(PIP) install --quiet --no-build-isolation --editable '.[train,test,lint]'
 	@touch $@
 
 clean:
-	rm -rf build carafe_d2/_C.so $(STAMPS)
+	rm -rf build dist carafe_d2/_C.so $(STAMPS)

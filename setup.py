@@ -2,7 +2,8 @@
 
 The operator is one shared library on LibTorch's stable ABI: it links no libpython and takes the
 CUDA runtime statically, so the same file loads under any Python and any PyTorch from 2.10 on, with
-CUDA or without.
+CUDA or without. Wheels are tagged accordingly: py3-none and the platform. The library contains how
+it was built, as JSON, for `python -m carafe_d2.collect_env`.
 
 Environment variables:
     CARAFE_D2_CUDA        0 builds for the CPU only, 1 insists on CUDA. Default: CUDA if there is
@@ -17,25 +18,35 @@ Environment variables:
 """
 
 import importlib.util
+import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10: the first whose stable ABI has what we need
-DEFAULT_ARCHS = ("75", "80", "86", "89", "90", "100", "120")
+TORCH_TARGET = (2, 10)  # the first PyTorch whose stable ABI has what we need
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
+NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
+DEFAULT_ARCHS = ("75", "80", "86", "90", "100", "120")  # 8.9 runs the code of 8.6
 CPU_FLAGS = {  # instruction sets that are chosen at run time, by source file
     "kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
     "kernels_avx512.cpp": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl "
     "-mprefer-vector-width=512",
 }
+BUILD_INFO_SOURCE = """\
+// Found in the library by this beginning, whether or not it can be loaded.
+__attribute__((used)) static const char build_info[] =
+    R"json(carafe_d2 build info: %s)json";
+"""
 
 
 def find_nvcc() -> str | None:
@@ -101,6 +112,16 @@ def cuda_archs(nvcc: str) -> tuple[list[str], list[str]]:
     return machine, machine[-1:]
 
 
+def output_of(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Leaves a file alone that is as it should be, so that ninja does not build it again."""
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+
+
 class BuildOperator(build_ext):
     """Compiles the extension with ninja, into a library whose name does not depend on Python."""
 
@@ -109,21 +130,21 @@ class BuildOperator(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         nvcc = find_nvcc()
+        machine, ptx = cuda_archs(nvcc) if nvcc else ([], [])
+        info = self.build_info(nvcc, machine, ptx)
         if nvcc:
-            machine, ptx = cuda_archs(nvcc)
-            version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-            release = re.search(r"release ([\d.]+)", version)[1]
-            names = [f"sm_{arch}" for arch in machine] + ["+PTX"] * bool(ptx)
-            target = f"CPU and CUDA {release} ({', '.join(names)})"
+            target = f"CPU and CUDA {info['cuda']} ({', '.join(info['cuda_architectures'])})"
         else:
-            machine, ptx = [], []
             forced = os.environ.get("CARAFE_D2_CUDA") == "0"
             target = f"CPU only: {'CARAFE_D2_CUDA=0' if forced else 'no nvcc found'}"
         print(f"carafe_d2: building for {target}", flush=True)
 
-        folder = ROOT / "build" / ("operator-cuda" if nvcc else "operator-cpu")
+        # Not the folder for temporary files, which is a new one each time in an editable build.
+        build = Path(self.get_finalized_command("build").build_base).resolve()
+        folder = build / ("operator-cuda" if nvcc else "operator-cpu")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(self.ninja_file(ext, nvcc, machine, ptx))
+        write_if_changed(folder / "build_info.cpp", BUILD_INFO_SOURCE % json.dumps(info))
+        write_if_changed(folder / "build.ninja", self.ninja_file(ext, nvcc, machine, ptx))
         if importlib.util.find_spec("ninja"):
             ninja = [sys.executable, "-m", "ninja"]
         elif shutil.which("ninja"):
@@ -138,6 +159,28 @@ class BuildOperator(build_ext):
         library.parent.mkdir(parents=True, exist_ok=True)
         self.copy_file(str(folder / "operator.so"), str(library))
 
+    def build_info(self, nvcc: str | None, machine: list[str], ptx: list[str]) -> dict:
+        """What the library tells of itself; no paths, so that it is the same on every machine."""
+        import torch
+
+        release = None
+        if nvcc:
+            release = re.search(r"release ([\d.]+)", output_of([nvcc, "--version"]))[1]
+        cxx = shlex.split(os.environ.get("CXX", "g++"))
+        if shutil.which(cxx[0]) is None:
+            raise SystemExit(f"carafe_d2: no C++ compiler {cxx[0]}: install one or set CXX")
+        return {
+            "version": self.distribution.get_version(),
+            "torch": torch.__version__,
+            "oldest_torch": "{}.{}".format(*TORCH_TARGET),
+            "compiler": output_of([*cxx, "--version"]).partition("\n")[0],
+            "cxxflags": f"{CXX_FLAGS} {os.environ.get('CXXFLAGS', '')}".strip(),
+            "ldflags": os.environ.get("LDFLAGS", ""),
+            "cuda": release,
+            "cuda_architectures": [f"sm_{arch}" for arch in machine]
+            + [f"compute_{arch} (PTX)" for arch in ptx],
+        }
+
     def ninja_file(
         self, ext: Extension, nvcc: str | None, machine: list[str], ptx: list[str]
     ) -> str:
@@ -145,7 +188,8 @@ class BuildOperator(build_ext):
 
         torch_folder = Path(torch.__file__).parent
         includes = f"-isystem {torch_folder}/include"
-        defines = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}ULL"
+        major, minor = TORCH_TARGET
+        defines = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000ULL"
         if nvcc:
             defines += " -DCARAFE_D2_WITH_CUDA -DUSE_CUDA"
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in machine]
@@ -153,11 +197,10 @@ class BuildOperator(build_ext):
         pip_flags = pip_toolkit_flags(nvcc) if nvcc else ""
         # libtorch brings in libtorch_cuda where PyTorch has it: it must stay, needed or not.
         link = f"-Wl,--no-as-needed -L{torch_folder}/lib -ltorch -ltorch_cpu "
-        link += os.environ.get("LDFLAGS", "")
+        link += f"{os.environ.get('LDFLAGS', '')} {pip_flags}"
         lines = [
             f"cxx = {os.environ.get('CXX', 'g++')}",
-            "cxxflags = -std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra "
-            f"{defines} {includes} {os.environ.get('CXXFLAGS', '')}",
+            f"cxxflags = {CXX_FLAGS} {defines} {includes} {os.environ.get('CXXFLAGS', '')}",
             "rule cxx",
             "  command = $cxx -MMD -MF $out.d $cxxflags $flags -c $in -o $out",
             "  description = compile $out",
@@ -167,16 +210,20 @@ class BuildOperator(build_ext):
         if nvcc:
             lines += [
                 f"nvcc = {nvcc}",
-                f"nvccflags = -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden "
+                f"nvccflags = {NVCC_FLAGS} --threads 2 "
                 f"{defines} {includes} {pip_flags} {' '.join(codes)}",
                 "rule nvcc",
-                "  command = $nvcc -MD -MF $out.d $nvccflags -c $in -o $out",
+                # tests/test_nvcc.py reads in the log whether registers were spilled
+                "  command = $nvcc -MD -MF $out.d $nvccflags -Xptxas -v -c $in -o $out "
+                "2> $out.log; "
+                "status=$$?; grep -Ev '^ptxas info|^ +[0-9]+ bytes stack|^$$' $out.log; "
+                "exit $$status",
                 "  description = compile $out",
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "rule link",
                 "  description = link $out",
-                f"  command = $nvcc -shared -cudart static {pip_flags} $in -o $out "
+                f"  command = $nvcc -shared -cudart static {' '.join(codes)} $in -o $out "
                 + link.replace("-Wl,", "-Xlinker "),
             ]
         else:
@@ -185,7 +232,8 @@ class BuildOperator(build_ext):
                 "  description = link $out",
                 f"  command = $cxx -shared $in -o $out {link}",
             ]
-        objects = []
+        objects = ["build_info.o"]
+        lines.append("build build_info.o: cxx build_info.cpp")
         for source in map(Path, ext.sources):
             is_cuda = source.suffix == ".cu"
             if is_cuda and not nvcc:
@@ -198,6 +246,13 @@ class BuildOperator(build_ext):
         return "\n".join(lines) + "\n"
 
 
+class BuildWheel(bdist_wheel):
+    """Tags the wheel for any Python 3 on this platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 def sources() -> list[str]:
     found = [*ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.cu")]
     if platform.machine() not in ("x86_64", "AMD64"):
@@ -208,5 +263,5 @@ def sources() -> list[str]:
 if __name__ == "__main__":
     setup(
         ext_modules=[Extension("carafe_d2._C", sources())],
-        cmdclass={"build_ext": BuildOperator},
+        cmdclass={"build_ext": BuildOperator, "bdist_wheel": BuildWheel},
     )

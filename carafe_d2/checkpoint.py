@@ -5,6 +5,7 @@ import pickle
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class _Unread:
 
 # MMDetection's files hold best scores as NumPy scalars, and those of an unfinished training the
 # history of its losses. They can be passed over without running any of their code.
-_HARMLESS = [
+_HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     (_Unread, name)
     for name in (
         "builtins.getattr",  # the history names its methods
@@ -106,8 +107,8 @@ class CarafeCheckpointer(DetectionCheckpointer):
         return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict:
-        parent = super()
-        checkpoint = _read(filename, lambda: parent._load_file(filename))
+        load = super()._load_file
+        checkpoint = _read(filename, lambda: load(filename))
         weights = mmdet.find_state_dict(checkpoint["model"])
         if weights is not None:
             return self._convert(filename, checkpoint["model"], weights)
@@ -261,4 +262,5 @@ def _resnet_depth(weights: Mapping[str, Tensor]) -> int | None:
         return None
     blocks = Counter(stage for stage, _, conv in found if conv == "1")
     convolutions = max(int(conv) for _, _, conv in found)
-    return _RESNETS.get((tuple(blocks[stage] for stage in "2345"), convolutions))
+    stages = (blocks["2"], blocks["3"], blocks["4"], blocks["5"])
+    return _RESNETS.get((stages, convolutions))

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections.abc import Iterator
 
 
 class UserError(RuntimeError):
@@ -12,7 +13,7 @@ class UserError(RuntimeError):
 
 
 @contextlib.contextmanager
-def exit_on_user_error():
+def exit_on_user_error() -> Iterator[None]:
     """Turns a :class:`UserError` into one line on stderr and exit code 1."""
     try:
         yield

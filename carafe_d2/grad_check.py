@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description="Check the gradients of CARAFE in float64 and time forward and backward.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    size = {"type": int, "nargs": 4, "metavar": ("N", "C", "H", "W")}
+    size: dict[str, Any] = {"type": int, "nargs": 4, "metavar": ("N", "C", "H", "W")}
     parser.add_argument("--shape", **size, default=None, help="features that are timed; default: "
                         "2 1024 100 100 on a GPU, 1 256 50 68 on a CPU")  # fmt: skip
     parser.add_argument("--check-shape", **size, default=[2, 4, 3, 4], help="features of the check")

@@ -54,7 +54,7 @@ class MaskRCNNCarafeUpsampleHead(MaskRCNNConvUpsampleHead):
         predictor = self.predictor
         del self.deconv, self.deconv_relu, self.predictor
         self.upsample = build_upsampler(channels=channels, **upsampler)
-        self.predictor = predictor
+        self.add_module("predictor", predictor)
 
     @classmethod
     def from_config(cls, cfg, input_shape: ShapeSpec) -> dict:

@@ -168,8 +168,8 @@ def to_mmdet(
     weights = dict(weights)
     for name in [name for name in weights if _is_constant(name)]:
         del weights[name]
-    names = {name: _translate(name, table) for name in weights}
-    unknown = [name for name, new_name in names.items() if new_name is None]
+    names = {name: new for name in weights if (new := _translate(name, table)) is not None}
+    unknown = [name for name in weights if name not in names]
     # Only batch normalisation has the name "bn" in MMDetection.
     unknown += [
         name
@@ -275,8 +275,11 @@ def _translate(name: str, table: list[tuple[str, str]]) -> str | None:
         if match:
             offsets = {letter: int(offset or 0) for letter, offset in _FIELD.findall(source)}
             numbers = {letter: int(n) - offsets[letter] for letter, n in match.groupdict().items()}
-            module = _FIELD.sub(lambda f, n=numbers: str(n[f[1]] + int(f[2] or 0)), target)
-            return f"{module}.{parameter}"
+
+            def number(field: re.Match, numbers: dict[str, int] = numbers) -> str:
+                return str(numbers[field[1]] + int(field[2] or 0))
+
+            return f"{_FIELD.sub(number, target)}.{parameter}"
     return None
 
 

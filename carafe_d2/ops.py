@@ -55,7 +55,7 @@ DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {
 _functorch_is_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
-def _call(operator: torch._ops.OpOverload, *arguments) -> Tensor:
+def _call(operator: torch._ops.OpOverload, *arguments: Tensor | int) -> Tensor:
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         # ONNX has no such operator; everything else that traces takes it as it is.
         decompose = torch.onnx.is_in_onnx_export()

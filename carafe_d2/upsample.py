@@ -21,6 +21,11 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be odd, got {size}")
 
 
+def _zero_bias(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
+
+
 class CARAFE(nn.Module):
     """Reassembles features with given kernels: the operator :func:`carafe_d2.carafe` as a module.
 
@@ -93,20 +98,24 @@ class CARAFEPack(nn.Module):
         compressed_channels: int = 64,
     ):
         super().__init__()
-        sizes = {
-            "channels": channels,
-            "scale_factor": scale_factor,
-            "up_kernel": up_kernel,
-            "up_group": up_group,
-            "encoder_kernel": encoder_kernel,
-            "encoder_dilation": encoder_dilation,
-            "compressed_channels": compressed_channels,
-        }
-        _check_sizes(**sizes)
+        _check_sizes(
+            channels=channels,
+            scale_factor=scale_factor,
+            up_kernel=up_kernel,
+            up_group=up_group,
+            encoder_kernel=encoder_kernel,
+            encoder_dilation=encoder_dilation,
+            compressed_channels=compressed_channels,
+        )
         if channels % up_group:
             raise ValueError(f"up_group must divide channels = {channels}, got {up_group}")
-        for name, value in sizes.items():
-            setattr(self, name, value)
+        self.channels = channels
+        self.scale_factor = scale_factor
+        self.up_kernel = up_kernel
+        self.up_group = up_group
+        self.encoder_kernel = encoder_kernel
+        self.encoder_dilation = encoder_dilation
+        self.compressed_channels = compressed_channels
 
         self.channel_compressor = nn.Conv2d(channels, compressed_channels, kernel_size=1)
         self.content_encoder = nn.Conv2d(
@@ -122,8 +131,8 @@ class CARAFEPack(nn.Module):
         """Initialises as published: the tiny encoder makes all kernels start as a plain mean."""
         nn.init.xavier_uniform_(self.channel_compressor.weight)
         nn.init.normal_(self.content_encoder.weight, std=0.001)
-        nn.init.zeros_(self.channel_compressor.bias)
-        nn.init.zeros_(self.content_encoder.bias)
+        _zero_bias(self.channel_compressor)
+        _zero_bias(self.content_encoder)
 
     def forward(self, x: Tensor) -> Tensor:
         kernel_logits = self.content_encoder(self.channel_compressor(x))
@@ -153,7 +162,7 @@ class PixelShufflePack(nn.Module):
             channels, channels * scale_factor**2, kernel_size, padding=(kernel_size - 1) // 2
         )
         nn.init.xavier_uniform_(self.upsample_conv.weight)
-        nn.init.zeros_(self.upsample_conv.bias)
+        _zero_bias(self.upsample_conv)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pixel_shuffle(self.upsample_conv(x), self.scale_factor)
@@ -174,7 +183,7 @@ def _deconv(channels: int, scale_factor: int, kernel_size: int = 3) -> nn.ConvTr
         output_padding=output_padding,
     )
     nn.init.xavier_uniform_(deconv.weight)
-    nn.init.zeros_(deconv.bias)
+    _zero_bias(deconv)
     return deconv
 
 
@@ -189,7 +198,7 @@ UPSAMPLERS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_upsampler(name: str, channels: int, scale_factor: int = 2, **options) -> nn.Module:
+def build_upsampler(name: str, channels: int, scale_factor: int = 2, **options: int) -> nn.Module:
     """Builds an upsampler that keeps the number of channels.
 
     Args:

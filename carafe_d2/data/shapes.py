@@ -84,7 +84,7 @@ def _ring(rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def _star(rng: np.random.Generator) -> list[np.ndarray]:
-    spikes = rng.integers(5, 9)
+    spikes = int(rng.integers(5, 9))
     outline = _arc(0, 2 * np.pi * (1 - 0.5 / spikes), points=2 * spikes)
     outline[1::2] *= rng.uniform(0.3, 0.45)
     return [outline]

@@ -26,8 +26,10 @@ const CpuKernels& select_kernels() {
   if (has_avx512 && (wanted.empty() || wanted == "avx512")) return kAvx512Kernels;
   if (has_avx2 && (wanted.empty() || wanted == "avx2")) return kAvx2Kernels;
   if (!wanted.empty() && wanted != "default") {
-    throw std::runtime_error("CARAFE_D2_CPU: expected default, avx2 or avx512, as far as the "
-                             "processor has them, but got " + wanted);
+    throw std::runtime_error(
+        "CARAFE_D2_CPU: expected default, avx2 or avx512, as far as the "
+        "processor has them, but got " +
+        wanted);
   }
 #endif
   return kDefaultKernels;
@@ -53,8 +55,8 @@ std::unique_ptr<char, Free> allocate(size_t bytes) {
 template <typename Kernel>
 void for_all_rows(const Shape& shape, const Kernel& kernel) {
   constexpr int64_t kWorkPerThread = 1 << 18;  // multiplications
-  const int64_t row_work = std::max<int64_t>(
-      1, shape.width * shape.subpixels() * shape.taps() * shape.group_channels());
+  const int64_t row_work =
+      std::max<int64_t>(1, shape.width * shape.subpixels() * shape.taps() * shape.group_channels());
   const int64_t grain = std::max<int64_t>(1, kWorkPerThread / row_work);
   const size_t scratch_bytes = kernel(0, 0, nullptr);
   torch::stable::parallel_for(0, shape.batch * shape.groups * shape.height, grain,

@@ -39,13 +39,9 @@ class Arena {
   size_t used_ = 0;
 };
 
-inline int64_t minimum(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
+inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
-inline int64_t maximum(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
+inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <int64_t N>
 struct Size {
@@ -172,9 +168,8 @@ void load_matrix(A* target, int64_t target_row, const Matrix& source, int64_t ro
     } else if (source.row == 1) {
       for (int64_t j = 0; j < columns; j += kLanes<A>) {
         for_vectors<A>(rows, [&](int64_t i, int64_t n) {
-          load_transposed(target + i * target_row + j, target_row,
-                          elements + i + j * source.column, source.column, n,
-                          minimum(kLanes<A>, columns - j));
+          load_transposed(target + i * target_row + j, target_row, elements + i + j * source.column,
+                          source.column, n, minimum(kLanes<A>, columns - j));
         });
       }
     } else {
@@ -441,8 +436,8 @@ struct Weights {
   // (taps, pixels) in memory. Of logits that is the whole, because there p and t follow each other.
   template <typename Body>
   void for_matrices(const Kernels& kernels, const Row& row, int64_t w, const Body& body) const {
-    const int64_t offset = row.n * kernels.batch + row.g * kernels.group + row.h * kernels.row +
-                           w * kernels.column;
+    const int64_t offset =
+        row.n * kernels.batch + row.g * kernels.group + row.h * kernels.row + w * kernels.column;
     if (kernels.sub_row == scale * kernels.sub_column && kernels.tap == scale * kernels.sub_row) {
       return body(data, kLanes<A>,
                   Matrix{kernels.data, kernels.type, offset, kernels.sub_column, kernels.column},
@@ -506,8 +501,8 @@ void softmax_backward(const Weights<A>& weights, const Weights<A>& grad) {
 
 // out[p][c] = sum over t of weights[t][p] * features[t][c]: Q vectors of channels, P subpixels.
 template <int64_t Q, int64_t P, typename A>
-void reassemble(const A* features, const int64_t* taps, const Weights<A>& weights,
-                const A* weight, A* out, const int64_t* subpixels) {
+void reassemble(const A* features, const int64_t* taps, const Weights<A>& weights, const A* weight,
+                A* out, const int64_t* subpixels) {
   Vector<A> sum[Q][P] = {};
   for (int64_t t = 0; t < weights.taps; ++t, weight += weights.tap_size) {
     const A* pixel = features + taps[t];

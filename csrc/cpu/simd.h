@@ -5,10 +5,9 @@
 // compiled for AVX-512 must never be linked into the plain build.
 #pragma once
 
-#include <math.h>
-
 #include <cstddef>
 #include <cstdint>
+#include <math.h>
 
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -104,7 +103,8 @@ CARAFE_INLINE void store(BFloat16* target, Vector<float> vector) {
   const FloatBits bits = (FloatBits)vector;
   const FloatBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
   const FloatBits is_nan = (FloatBits)(vector != vector);
-  const HalfBits result = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), HalfBits);
+  const HalfBits result =
+      __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), HalfBits);
   __builtin_memcpy(target, &result, sizeof(result));
 }
 

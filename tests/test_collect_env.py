@@ -1,0 +1,145 @@
+"""Tests of `python -m carafe_d2.collect_env`."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from carafe_d2 import __version__, carafe_naive, collect_env, ops
+
+ALL = "float64, float32, float16, bfloat16"
+
+
+def report(folder: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "carafe_d2.collect_env"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_report():
+    result = report(collect_env.LIBRARY.parents[1])
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in result.stdout.splitlines() if line)
+    assert rows["carafe_d2"].startswith(__version__)
+    assert rows["PyTorch"].startswith(f"{torch.__version__}, ")
+    assert f"works: {ALL}" in [rows.get("CPU, default"), rows.get("CPU, default (chosen)")]
+    assert result.stdout.count("(chosen)") == 1
+    assert ("CUDA, GPU 0" if torch.cuda.is_available() else "CUDA") in rows
+
+
+@pytest.mark.slow
+def test_report_without_the_operator(tmp_path):
+    """Nothing of the package can be imported then, and this is when the report is needed."""
+    package = collect_env.LIBRARY.parent
+    shutil.copytree(package, tmp_path / "carafe_d2", ignore=shutil.ignore_patterns("*.so"))
+    result = report(tmp_path)
+    assert result.returncode == 1, result.stderr
+    assert f"PyTorch                     {torch.__version__}, " in result.stdout
+    assert f"FAILS: {tmp_path / 'carafe_d2' / '_C.so'} is missing" in result.stdout
+    assert "FAILS: ImportError: The compiled operator of carafe_d2 is missing" in result.stdout
+    assert "pip install -e . --no-build-isolation" in result.stdout
+
+
+def test_broken_library(tmp_path, monkeypatch):
+    library = tmp_path / "_C.so"
+    library.write_bytes(b"not a library")
+    monkeypatch.setattr(collect_env, "LIBRARY", library)
+    assert dict(collect_env.library_rows())["built"] == "unknown: the file does not say"
+    rows = dict(collect_env.backend_rows())
+    assert rows["load the operator"].startswith("FAILS: OSError: ")
+    assert not [name for name in rows if name.startswith("CPU")]
+
+
+def test_library_rows(tmp_path, monkeypatch):
+    library = tmp_path / "_C.so"
+    library.write_bytes(
+        b'\0carafe_d2 build info: {"version": "9.9", "torch": "2.99+cu1", "oldest_torch": "2.10", '
+        b'"compiler": "g++ 12", "cxxflags": "-O3", "ldflags": "", "cuda": "13.0", '
+        b'"cuda_architectures": ["sm_80", "sm_90", "compute_90 (PTX)"]}\0 more'
+    )
+    cuobjdump = tmp_path / "bin" / "cuobjdump"
+    cuobjdump.parent.mkdir()
+    cuobjdump.write_text(
+        "#!/bin/sh\n"
+        'case $1 in --list-elf) echo "ELF file    1: _C.1.sm_80.cubin";;\n'
+        '  --list-ptx) echo "PTX file    1: _C.1.sm_90.ptx";; esac\n'
+    )
+    cuobjdump.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(collect_env, "LIBRARY", library)
+    rows = dict(collect_env.library_rows())
+    assert rows["built from"] == "carafe_d2 9.9"
+    assert rows["built against"] == "PyTorch 2.99+cu1, for 2.10 and newer"
+    assert rows["CUDA"] == "13.0"
+    assert rows["CUDA architectures"] == "sm_80, sm_90, compute_90 (PTX)"
+    assert rows["  by cuobjdump"] == "compute_90 (PTX), sm_80"
+
+
+def test_versions(tmp_path, monkeypatch):
+    (tmp_path / "broken_package.py").write_text("raise RuntimeError('ABI mismatch\\nmore')")
+    (tmp_path / "no_version.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert collect_env.version_of("torch").startswith(f"{torch.__version__}, ")
+    assert collect_env.version_of("no_such_package") == "not installed"
+    assert collect_env.version_of("no_version") == f"unknown version, {tmp_path}"
+    failure = "FAILS to import: RuntimeError: ABI mismatch"
+    assert collect_env.version_of("broken_package") == failure
+
+
+def test_variables(monkeypatch):
+    monkeypatch.setenv("CARAFE_D2_CPU", "avx2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    rows = dict(collect_env.variable_rows())
+    assert rows["$CARAFE_D2_CPU"] == "avx2"
+    assert rows["$OMP_NUM_THREADS"] == "3"
+
+
+def test_working_backend():
+    assert collect_env.check_backend("cpu") == f"works: {ALL}"
+
+
+def test_wrong_results_are_seen(monkeypatch):
+    def half_wrong(features, *arguments):
+        out = carafe_naive(features, *arguments)
+        return out + 1e-3 if features.dtype == torch.float32 else out
+
+    operators = {half_wrong: carafe_naive}
+    monkeypatch.setattr(ops, "DECOMPOSITIONS", operators)
+    outcome = collect_env.check_backend("cpu")
+    assert outcome.startswith("works: float64, float16, bfloat16; FAILS: float32: AssertionError: ")
+    assert "the output of" in outcome
+
+
+def test_library_without_cuda(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("features: on cuda:0, but carafe_d2 was built without CUDA. Rebuild it")
+
+    monkeypatch.setattr(ops, "DECOMPOSITIONS", {refuse: carafe_naive})
+    assert "built without CUDA" in collect_env.check_backend("cpu")
+
+
+def test_instruction_set_that_does_not_exist(monkeypatch):
+    assert collect_env.check_apart("cpu", CARAFE_D2_CPU="mmx") == "not on this processor"
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"),
+    [
+        ("print('noise'); print('works')", "works"),
+        ("raise ValueError('this\\nand that')", "FAILS: ValueError: this"),
+        ("raise SystemExit(7)", "FAILS: exit code 7"),
+        ("import os; os.abort()", "FAILS: killed by SIGABRT"),
+    ],
+)
+def test_outcome_of_a_process(code, outcome):
+    assert collect_env.run_apart("-c", code) == outcome
+
+
+def test_process_that_hangs(monkeypatch):
+    monkeypatch.setattr(collect_env, "TIMEOUT", 1)
+    hanging = collect_env.run_apart("-c", "import time; time.sleep(60)")
+    assert hanging == "FAILS: no answer within 1 s"
