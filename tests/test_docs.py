@@ -83,18 +83,13 @@ RUN_HERE = {"tools/complexity.py"}
 # What is neither ours nor run by anything, and why it may stand in a page all the same.
 OTHERS = {
     "echo": "writes one line into a file",
-    "git clone": "needs a network",
     "head": "takes a line of scontrol's answer",
     "pip download": "needs a network; what it fetches, tests/test_build_mmcv_carafe.py has faked",
-    "pre-commit install": "changes the checkout's git hooks",
     "python -m build": "tests/test_packaging.py runs it",
     "python -m pip": "make quickstart runs it",
     "python -m pytest": "make test runs it",
     "python -m ruff": "make lint runs it",
-    "python -m venv": "make quickstart runs it",
-    "sbatch": "needs SLURM",
     "scontrol": "needs SLURM",
-    "source": "activates an environment in the shell",
 }
 WRAPPERS = {"srun"}  # the command begins behind it
 # Scripts of the reader's, which a page shows, and the script of ours whose command line they take.
@@ -199,6 +194,15 @@ def check_runner(program: str) -> None:
     assert re.search(rf"\b{name}\b", runner), f"{RUNNERS[program]} does not run {name}"
 
 
+def test_every_program_is_run():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("carafe_d2/**/*.py")]
+    for path in files:
+        if '__name__ == "__main__"' in path.read_text():
+            name = name_of(path)
+            is_module = name.startswith("carafe_d2/")
+            check_runner(name.removesuffix(".py").replace("/", ".") if is_module else name)
+
+
 def check_make(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """CI runs the targets itself, or all that they do is checked as if a page said it."""
     makefile, ci = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "run").read_text()
@@ -224,9 +228,7 @@ def check_pip(arguments: list[str]) -> None:
     """Requirements are well formed, and extras of this package are known to pyproject.toml."""
     assert arguments[0] == "install"
     project = (ROOT / "pyproject.toml").read_text()
-    section = re.search(r"^\[project.optional-dependencies\]\n(.*?)^\[", project, re.M | re.DOTALL)[
-        1
-    ]
+    section = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     known = set(re.findall(r"^(\w+) =", section, re.MULTILINE))
     for argument in arguments[1:]:
         ours = re.fullmatch(r"(?:\.|carafe[_-]d2|\S+\.whl)(?:\[(.*)\])?", argument)
