@@ -15,7 +15,7 @@ __all__ = ["carafe_naive", "carafe_upsample_naive"]
 def carafe_naive(
     features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int
 ) -> Tensor:
-    """Content-aware reassembly of features (CARAFE, arXiv 1905.02188, equation 4).
+    """Content-aware reassembly of features (CARAFE, arXiv 1905.02188, section 3.3).
 
         out[n, c, y, x] = sum over u, v in [-r, r] of
             masks[n, g*k*k + (u+r)*k + (v+r), y, x] * features[n, c, y//s + u, x//s + v]
@@ -86,7 +86,7 @@ def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def _reassemble(features: Tensor, weights: Tensor, k: int) -> Tensor:
-    """Equation 4, one tap at a time.
+    """The sum of section 3.3, one tap at a time.
 
     Args:
         features: (N, C, H, W).
