@@ -122,6 +122,70 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
+def ninja_file(sources: list[str], nvcc: str | None, machine: list[str], ptx: list[str]) -> str:
+    """The build file that makes operator.so of the sources."""
+    import torch
+
+    torch_folder = Path(torch.__file__).parent
+    includes = f"-isystem {torch_folder}/include"
+    major, minor = TORCH_TARGET
+    defines = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000ULL"
+    if nvcc:
+        defines += " -DCARAFE_D2_WITH_CUDA -DUSE_CUDA"
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in machine]
+    codes += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ptx]
+    pip_flags = pip_toolkit_flags(nvcc) if nvcc else ""
+    # libtorch brings in libtorch_cuda where PyTorch has it: it must stay, needed or not.
+    link = f"-Wl,--no-as-needed -L{torch_folder}/lib -ltorch -ltorch_cpu "
+    link += f"{os.environ.get('LDFLAGS', '')} {pip_flags}"
+    lines = [
+        f"cxx = {os.environ.get('CXX', 'g++')}",
+        f"cxxflags = {CXX_FLAGS} {defines} {includes} {os.environ.get('CXXFLAGS', '')}",
+        "rule cxx",
+        "  command = $cxx -MMD -MF $out.d $cxxflags $flags -c $in -o $out",
+        "  description = compile $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    if nvcc:
+        lines += [
+            f"nvcc = {nvcc}",
+            f"nvccflags = {NVCC_FLAGS} --threads 2 "
+            f"{defines} {includes} {pip_flags} {' '.join(codes)}",
+            "rule nvcc",
+            # tests/test_nvcc.py reads in the log whether registers were spilled
+            "  command = $nvcc -MD -MF $out.d $nvccflags -Xptxas -v -c $in -o $out "
+            "2> $out.log; "
+            "status=$$?; grep -Ev '^ptxas info|^ +[0-9]+ bytes stack|^$$' $out.log; "
+            "exit $$status",
+            "  description = compile $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  description = link $out",
+            f"  command = $nvcc -shared -cudart static {' '.join(codes)} $in -o $out "
+            + link.replace("-Wl,", "-Xlinker "),
+        ]
+    else:
+        lines += [
+            "rule link",
+            "  description = link $out",
+            f"  command = $cxx -shared $in -o $out {link}",
+        ]
+    objects = ["build_info.o"]
+    lines.append("build build_info.o: cxx build_info.cpp")
+    for source in map(Path, sources):
+        is_cuda = source.suffix == ".cu"
+        if is_cuda and not nvcc:
+            continue
+        objects.append(f"{source.stem}{source.suffix}.o")
+        lines.append(f"build {objects[-1]}: {'nvcc' if is_cuda else 'cxx'} {ROOT / source}")
+        if source.name in CPU_FLAGS:
+            lines.append(f"  flags = {CPU_FLAGS[source.name]}")
+    lines.append(f"build operator.so: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
 class BuildOperator(build_ext):
     """Compiles the extension with ninja, into a library whose name does not depend on Python."""
 
@@ -144,7 +208,7 @@ class BuildOperator(build_ext):
         folder = build / ("operator-cuda" if nvcc else "operator-cpu")
         folder.mkdir(parents=True, exist_ok=True)
         write_if_changed(folder / "build_info.cpp", BUILD_INFO_SOURCE % json.dumps(info))
-        write_if_changed(folder / "build.ninja", self.ninja_file(ext, nvcc, machine, ptx))
+        write_if_changed(folder / "build.ninja", ninja_file(ext.sources, nvcc, machine, ptx))
         if importlib.util.find_spec("ninja"):
             ninja = [sys.executable, "-m", "ninja"]
         elif shutil.which("ninja"):
@@ -180,70 +244,6 @@ class BuildOperator(build_ext):
             "cuda_architectures": [f"sm_{arch}" for arch in machine]
             + [f"compute_{arch} (PTX)" for arch in ptx],
         }
-
-    def ninja_file(
-        self, ext: Extension, nvcc: str | None, machine: list[str], ptx: list[str]
-    ) -> str:
-        import torch
-
-        torch_folder = Path(torch.__file__).parent
-        includes = f"-isystem {torch_folder}/include"
-        major, minor = TORCH_TARGET
-        defines = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000ULL"
-        if nvcc:
-            defines += " -DCARAFE_D2_WITH_CUDA -DUSE_CUDA"
-        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in machine]
-        codes += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ptx]
-        pip_flags = pip_toolkit_flags(nvcc) if nvcc else ""
-        # libtorch brings in libtorch_cuda where PyTorch has it: it must stay, needed or not.
-        link = f"-Wl,--no-as-needed -L{torch_folder}/lib -ltorch -ltorch_cpu "
-        link += f"{os.environ.get('LDFLAGS', '')} {pip_flags}"
-        lines = [
-            f"cxx = {os.environ.get('CXX', 'g++')}",
-            f"cxxflags = {CXX_FLAGS} {defines} {includes} {os.environ.get('CXXFLAGS', '')}",
-            "rule cxx",
-            "  command = $cxx -MMD -MF $out.d $cxxflags $flags -c $in -o $out",
-            "  description = compile $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-        ]
-        if nvcc:
-            lines += [
-                f"nvcc = {nvcc}",
-                f"nvccflags = {NVCC_FLAGS} --threads 2 "
-                f"{defines} {includes} {pip_flags} {' '.join(codes)}",
-                "rule nvcc",
-                # tests/test_nvcc.py reads in the log whether registers were spilled
-                "  command = $nvcc -MD -MF $out.d $nvccflags -Xptxas -v -c $in -o $out "
-                "2> $out.log; "
-                "status=$$?; grep -Ev '^ptxas info|^ +[0-9]+ bytes stack|^$$' $out.log; "
-                "exit $$status",
-                "  description = compile $out",
-                "  depfile = $out.d",
-                "  deps = gcc",
-                "rule link",
-                "  description = link $out",
-                f"  command = $nvcc -shared -cudart static {' '.join(codes)} $in -o $out "
-                + link.replace("-Wl,", "-Xlinker "),
-            ]
-        else:
-            lines += [
-                "rule link",
-                "  description = link $out",
-                f"  command = $cxx -shared $in -o $out {link}",
-            ]
-        objects = ["build_info.o"]
-        lines.append("build build_info.o: cxx build_info.cpp")
-        for source in map(Path, ext.sources):
-            is_cuda = source.suffix == ".cu"
-            if is_cuda and not nvcc:
-                continue
-            objects.append(f"{source.stem}{source.suffix}.o")
-            lines.append(f"build {objects[-1]}: {'nvcc' if is_cuda else 'cxx'} {ROOT / source}")
-            if source.name in CPU_FLAGS:
-                lines.append(f"  flags = {CPU_FLAGS[source.name]}")
-        lines.append(f"build operator.so: link {' '.join(objects)}")
-        return "\n".join(lines) + "\n"
 
 
 class BuildWheel(bdist_wheel):

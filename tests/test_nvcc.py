@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from setuptools import Distribution, Extension
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "operator-cuda"
@@ -45,11 +44,6 @@ def find_tool(name: str) -> str:
     pytest.skip(f"needs {name}")
 
 
-def ninja_file(sources: list[str], machine: list[str], ptx: list[str]) -> str:
-    extension = Extension("carafe_d2._C", sources)
-    return setup["BuildOperator"](Distribution()).ninja_file(extension, NVCC, machine, ptx)
-
-
 @dataclass(frozen=True)
 class Compiled:
     logs: list[str]  # of `nvcc -Xptxas -v`
@@ -70,7 +64,7 @@ def compiled_by_the_build() -> Compiled | None:
 
 def compile_kernel_file(source: Path, arch: str, output: Path) -> str:
     """Compiles for one architecture, with the flags that setup.py uses; returns nvcc's log."""
-    flags = re.search(r"^nvccflags = (.*)$", ninja_file([], [], []), re.MULTILINE)[1]
+    flags = re.search(r"^nvccflags = (.*)$", setup["ninja_file"]([], NVCC, [], []), re.MULTILINE)[1]
     code = f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}"
     command = [NVCC, *shlex.split(flags), code, "-Xptxas", "-v", "-cubin", source, "-o", output]
     run = subprocess.run(command, capture_output=True, text=True)
@@ -200,7 +194,7 @@ def test_holds_what_torch_cuda_arch_list_asks_for(requested, machine, ptx, tmp_p
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", requested)
     source = tmp_path / "tiny.cu"
     source.write_text("__global__ void tiny(float* x) { *x = 1; }\n")
-    text = ninja_file([str(source)], *setup["cuda_archs"](NVCC))
+    text = setup["ninja_file"]([str(source)], NVCC, *setup["cuda_archs"](NVCC))
     (tmp_path / "build.ninja").write_text(text)
     ninja = [sys.executable, "-m", "ninja", "-C", tmp_path, "tiny.cu.o"]
     subprocess.run(ninja, check=True, stdout=subprocess.DEVNULL)
