@@ -1,5 +1,11 @@
-"""Skips what the machine or the environment at hand cannot run, and says why."""
+"""What several test files share; and skips what the machine or the environment cannot run."""
 
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -21,3 +27,50 @@ def pytest_make_collect_report(collector):
         report.outcome = "skipped"
         report.longrepr = (str(collector.path), 0, "Skipped: needs Detectron2")
     return report
+
+
+@pytest.fixture(scope="session")
+def make_shapes(tmp_path_factory):
+    """Generates the `shapes` dataset with images of 64 pixels; returns its DETECTRON2_DATASETS."""
+
+    def make(train: int, val: int):
+        root = tmp_path_factory.mktemp("datasets")
+        command = [sys.executable, "-m", "carafe_d2.data.shapes", "--root", root, "--size", "64"]
+        subprocess.run([*command, "--train", str(train), "--val", str(val)], check=True)
+        return root
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sanitizer_runtimes():
+    """Of a compiler, the value of LD_PRELOAD that loads its sanitizers' runtimes before Python."""
+
+    def find(compiler: str) -> str:
+        paths = []
+        for name in ("libasan.so", "libubsan.so"):
+            command = [compiler, f"-print-file-name={name}"]
+            run = subprocess.run(command, capture_output=True, text=True, check=True)
+            paths.append(run.stdout.strip())
+            if not os.path.isabs(paths[-1]):
+                pytest.skip(f"the compiler comes without {name}")
+        return ":".join(paths)
+
+    return find
+
+
+def _through_pickle(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def _through_torch_save(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.fixture(params=[copy.deepcopy, _through_pickle, _through_torch_save])
+def clone(request):
+    """Every way to copy a module."""
+    return request.param

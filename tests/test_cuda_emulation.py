@@ -449,21 +449,15 @@ def test_maps_without_channels_give_kernels_no_gradient(emulation, kernel, chann
 
 
 @pytest.fixture(scope="module")
-def run_sanitized(tmp_path_factory):
+def run_sanitized(tmp_path_factory, sanitizer_runtimes):
     """Runs Python with an emulation that has AddressSanitizer and UBSan in it."""
     folder = tmp_path_factory.mktemp("sanitized_emulation")
-    runtimes = []
-    for name in ("libasan.so", "libubsan.so"):  # they have to be loaded before Python
-        command = [shutil.which("g++") or pytest.skip("needs g++"), f"-print-file-name={name}"]
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        if not os.path.isabs(found):
-            pytest.skip(f"the compiler comes without {name}")
-        runtimes.append(found)
+    runtimes = sanitizer_runtimes(shutil.which("g++") or pytest.skip("needs g++"))
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1"]
     variables = {
         SANITIZED: str(compiled(folder, *flags)),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself and PyTorch never free some memory
-        "LD_PRELOAD": ":".join(runtimes),
+        "LD_PRELOAD": runtimes,
         "PYTHONPATH": str(Path(carafe_d2.__file__).parents[1]),
     }
 

@@ -110,11 +110,8 @@ def starts(output):
 
 
 @pytest.fixture(scope="module")
-def datasets(tmp_path_factory):
-    root = tmp_path_factory.mktemp("datasets")
-    command = [sys.executable, "-m", "carafe_d2.data.shapes", "--root", root]
-    subprocess.run([*command, "--train", "12", "--val", "5", "--size", "64"], check=True)
-    return root
+def datasets(make_shapes):
+    return make_shapes(train=12, val=5)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,4 @@
 import copy
-import io
-import pickle
 import re
 
 import pytest
@@ -662,17 +660,7 @@ def test_carafe_that_is_not_in_use_is_named():
 # -------------------------------------------- the model afterwards is like any other
 
 
-def through_torch_save(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @EVERY_UNET
-@pytest.mark.parametrize(
-    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), through_torch_save]
-)
 def test_copies(build, names, clone):
     model, x = build(), torch.randn(1, 3, 16, 16)
     replace_upsampling(model, x)

@@ -14,19 +14,10 @@ INSTRUCTION_SETS = ["default", "avx2", "avx512"]
 TESTS = "match_the_definition or wrong or half_conversions or extreme"
 
 
-def runtime(name: str) -> str:
-    """Path of a runtime of the compiler's sanitizers; it has to be loaded before Python."""
-    command = [os.environ.get("CXX", "g++"), f"-print-file-name={name}"]
-    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    if not os.path.isabs(found):
-        pytest.skip(f"the compiler comes without {name}")
-    return found
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, sanitizer_runtimes):
     """Runs Python with an instruction set and the operator that has sanitizers in it."""
-    runtimes = f"{runtime('libasan.so')}:{runtime('libubsan.so')}"
+    runtimes = sanitizer_runtimes(os.environ.get("CXX", "g++"))
     folder = tmp_path_factory.mktemp("sanitizers")
     for name in ("csrc", "carafe_d2"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("_C.so"))

@@ -25,11 +25,8 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def datasets(tmp_path_factory):
-    root = tmp_path_factory.mktemp("datasets")
-    command = [sys.executable, "-m", "carafe_d2.data.shapes", "--root", root]
-    subprocess.run([*command, "--train", "12", "--val", "4", "--size", "64"], check=True)
-    return root
+def datasets(make_shapes):
+    return make_shapes(train=12, val=4)
 
 
 @pytest.fixture(scope="module")
