@@ -46,34 +46,18 @@ void backward(Launcher& launcher, const Shape& shape, const Map& grad_output, co
               const Kernels& kernels, const Map* grad_features, const Kernels* grad_kernels) {
   with_types(features, kernels, [&](auto types) {
     using Types = decltype(types);
-    bool features_left = grad_features != nullptr, kernels_left = grad_kernels != nullptr;
     if constexpr (kSpecialised<Types>) {
       using T = typename Types::Feature;
-      if (features_left) {
-        features_left =
-            !(shape.channels_last ? channels_last::backward_features<T>(
-                                        launcher, shape, grad_output, kernels, *grad_features)
-                                  : contiguous::backward_features<T>(launcher, shape, grad_output,
-                                                                     kernels, *grad_features));
-      }
-      if (kernels_left) {
-        kernels_left = !(shape.channels_last
-                             ? channels_last::backward_kernels<T>(launcher, shape, grad_output,
-                                                                  features, kernels, *grad_kernels)
-                             : contiguous::backward_kernels<T>(launcher, shape, grad_output,
-                                                               features, kernels, *grad_kernels));
+      if (shape.channels_last
+              ? channels_last::backward<T>(launcher, shape, grad_output, features, kernels,
+                                           grad_features, grad_kernels)
+              : contiguous::backward<T>(launcher, shape, grad_output, features, kernels,
+                                        grad_features, grad_kernels)) {
+        return;
       }
     }
-    if (!features_left && !kernels_left) return;
-    const auto* normalisers = general::normalisers<Types>(launcher, shape, kernels);
-    if (features_left) {
-      general::backward_features<Types>(launcher, shape, grad_output, kernels, normalisers,
-                                        *grad_features);
-    }
-    if (kernels_left) {
-      general::backward_kernels<Types>(launcher, shape, grad_output, features, kernels, normalisers,
-                                       *grad_kernels);
-    }
+    general::backward<Types>(launcher, shape, grad_output, features, kernels, grad_features,
+                             grad_kernels);
   });
 }
 

@@ -83,10 +83,12 @@ struct Pass {
 
   __device__ __forceinline__ Pass(const Shape& shape, const Map& map, int pass)
       : column(static_cast<int>(map.column)) {
-    const int scale = static_cast<int>(shape.scale), row = static_cast<int>(map.row);
-    const int p = pass * kSubpixels, q = p + 2;
-    first = p / scale * row + p % scale * column;
-    second = q / scale * row + q % scale * column - first;
+    const auto offset = [&](int p) {
+      const Subpixel subpixel(shape, p);
+      return subpixel.row * static_cast<int>(map.row) + subpixel.column * column;
+    };
+    first = offset(pass * kSubpixels);
+    second = offset(pass * kSubpixels + 2) - first;
   }
 
   __device__ __forceinline__ int operator[](int p) const {
@@ -334,7 +336,6 @@ __global__ void __launch_bounds__(BackwardFeatures<k>::kThreads, BackwardFeature
       tile.pixel<const T>(tiling, grad_output, row * shape.scale, tile.column * shape.scale);
 
   float sums[kRows][k][kVector] = {};  // of columns x - r to x + r
-  Pass offsets(shape, grad_output, 0);
   int slot = Sizes::kSteps;  // of the step's weights
   for (int x = -r; x < tile.columns + r; ++x) {
     for (int pass = 0; pass < tiling.passes; ++pass, ++slot) {
@@ -346,7 +347,7 @@ __global__ void __launch_bounds__(BackwardFeatures<k>::kThreads, BackwardFeature
         StepWeights::load(shape, kernels, tile, area, weights);
         __syncthreads();
       }
-      if (tiling.passes > 1) offsets = Pass(shape, grad_output, pass);
+      const Pass offsets(shape, grad_output, pass);
       if (is_active && is_below(tile.column + x, end)) {
         scatter_column<k>(source + x * source_column + offsets.first, source_row, offsets, row,
                           height, x, tile.columns, weights,
@@ -583,7 +584,7 @@ void launch(Launcher& launcher, void (*kernel)(Parameters...), int64_t blocks, i
   launcher.launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, arguments...);
 }
 
-// These three return false, and launch nothing, for what they leave to general.cuh.
+// forward and backward return false, and launch nothing, for what they leave to general.cuh.
 
 template <typename T, typename Launcher>
 bool forward(Launcher& launcher, const Shape& shape, const Map& features, const Kernels& kernels,
@@ -599,52 +600,62 @@ bool forward(Launcher& launcher, const Shape& shape, const Map& features, const 
          });
 }
 
-template <typename T, typename Launcher>
-bool backward_features(Launcher& launcher, const Shape& shape, const Map& grad_output,
-                       const Kernels& kernels, const Map& grad_features) {
-  return is_suited<T>(shape, grad_features, grad_output) && with_kernel_size(shape, [&](auto size) {
-           constexpr int k = decltype(size)::value;
-           using Sizes = BackwardFeatures<k>;
-           const Tiling tiling = walking_tiling(shape, Sizes::kThreads, Sizes::kRows,
-                                                Sizes::kColumns, 1, launcher.multiprocessors());
-           launch(launcher, backward_features_kernel<k, T>, tiles(shape, tiling), tiling.threads(),
-                  shape, tiling, grad_output, kernels, grad_features);
-         });
+template <int k, typename T, typename Launcher>
+void launch_backward_features(Launcher& launcher, const Shape& shape, const Map& grad_output,
+                              const Kernels& kernels, const Map& grad_features) {
+  using Sizes = BackwardFeatures<k>;
+  const Tiling tiling = walking_tiling(shape, Sizes::kThreads, Sizes::kRows, Sizes::kColumns, 1,
+                                       launcher.multiprocessors());
+  launch(launcher, backward_features_kernel<k, T>, tiles(shape, tiling), tiling.threads(), shape,
+         tiling, grad_output, kernels, grad_features);
 }
 
+template <int k, typename T, typename Launcher>
+void launch_backward_kernels(Launcher& launcher, const Shape& shape, const Map& grad_output,
+                             const Map& features, const Kernels& kernels,
+                             const Kernels& grad_kernels) {
+  using Sizes = BackwardKernels<k>;
+  Tiling tiling{};
+  tiling.channels = static_cast<int>(shape.group_channels());
+  tiling.passes = static_cast<int>(shape.subpixels() / kSubpixels);
+  tiling.lanes = Sizes::kLanes;
+  tiling.row_teams = Sizes::kThreads / Sizes::kLanes;
+  tiling.channel_teams = tiling.channel_tiles = 1;
+  tiling.columns = Sizes::kColumns;
+  tiling.column_tiles = static_cast<int>(divide_up(shape.width, tiling.columns));
+  // As little work as possible for the busiest multiprocessor; beginning and end are work, too
+  int64_t least_work = INT64_MAX;
+  Tiling best = tiling;
+  for (tiling.rows = Sizes::kWarps; tiling.rows > 0; tiling.rows /= 2) {
+    tiling.row_tiles = static_cast<int>(divide_up(shape.height, tiling.rows));
+    const int64_t turns =
+        divide_up(tiling.channels, Sizes::kChannels * Sizes::kWarps / tiling.rows);
+    const int64_t work =
+        divide_up(tiles(shape, tiling) * tiling.passes, launcher.multiprocessors()) * (turns + 2);
+    if (work < least_work) {
+      least_work = work;
+      best = tiling;
+    }
+  }
+  launch(launcher, backward_kernels_kernel<k, T>, tiles(shape, best) * best.passes, Sizes::kThreads,
+         shape, best, Sizes::kWarps / best.rows, grad_output, features, kernels, grad_kernels);
+}
+
+// Gradients that are not wanted are null.
 template <typename T, typename Launcher>
-bool backward_kernels(Launcher& launcher, const Shape& shape, const Map& grad_output,
-                      const Map& features, const Kernels& kernels, const Kernels& grad_kernels) {
-  return is_suited<T>(shape, features, grad_output) && with_kernel_size(shape, [&](auto size) {
-           constexpr int k = decltype(size)::value;
-           using Sizes = BackwardKernels<k>;
-           Tiling tiling{};
-           tiling.channels = static_cast<int>(shape.group_channels());
-           tiling.passes = static_cast<int>(shape.subpixels() / kSubpixels);
-           tiling.lanes = Sizes::kLanes;
-           tiling.row_teams = Sizes::kThreads / Sizes::kLanes;
-           tiling.channel_teams = tiling.channel_tiles = 1;
-           tiling.columns = Sizes::kColumns;
-           tiling.column_tiles = static_cast<int>(divide_up(shape.width, tiling.columns));
-           // As little work as possible for the busiest multiprocessor; beginning and end are work, too
-           int64_t least_work = INT64_MAX;
-           Tiling best = tiling;
-           for (tiling.rows = Sizes::kWarps; tiling.rows > 0; tiling.rows /= 2) {
-             tiling.row_tiles = static_cast<int>(divide_up(shape.height, tiling.rows));
-             const int64_t turns =
-                 divide_up(tiling.channels, Sizes::kChannels * Sizes::kWarps / tiling.rows);
-             const int64_t work =
-                 divide_up(tiles(shape, tiling) * tiling.passes, launcher.multiprocessors()) *
-                 (turns + 2);
-             if (work < least_work) {
-               least_work = work;
-               best = tiling;
-             }
-           }
-           launch(launcher, backward_kernels_kernel<k, T>, tiles(shape, best) * best.passes,
-                  Sizes::kThreads, shape, best, Sizes::kWarps / best.rows, grad_output, features,
-                  kernels, grad_kernels);
-         });
+bool backward(Launcher& launcher, const Shape& shape, const Map& grad_output, const Map& features,
+              const Kernels& kernels, const Map* grad_features, const Kernels* grad_kernels) {
+  if (grad_features && !is_suited<T>(shape, *grad_features, grad_output)) return false;
+  if (grad_kernels && !is_suited<T>(shape, features, grad_output)) return false;
+  return with_kernel_size(shape, [&](auto size) {
+    constexpr int k = decltype(size)::value;
+    if (grad_features) {
+      launch_backward_features<k, T>(launcher, shape, grad_output, kernels, *grad_features);
+    }
+    if (grad_kernels) {
+      launch_backward_kernels<k, T>(launcher, shape, grad_output, features, kernels, *grad_kernels);
+    }
+  });
 }
 
 }  // namespace carafe_d2::channels_last

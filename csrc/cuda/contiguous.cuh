@@ -4,14 +4,16 @@
 // or write coalesces, and every lane works on kernels of its own. A thread handles P of the s * s
 // subpixels of its location at a time, in passes.
 //
-// forward and backward_kernels: a warp has a tile of 8 x 4 locations. It walks over channels and
-// stages the tile's features, with a margin, in shared memory. A lane keeps its P * k * k weights,
-// or their gradients, in registers, so that a feature read once serves P multiplications. The warps
-// of a block take different channels of one tile and share the weights.
+// forward and the gradient of the kernels: a warp has a tile of 8 x 4 locations. It walks over
+// channels and stages the tile's features, with a margin, in shared memory. A lane keeps its
+// P * k * k weights, or their gradients, in registers, so that a feature read once serves P
+// multiplications. The warps of a block take different channels of one tile and share the weights.
 //
-// backward_features: a warp has a strip of columns, walks down the rows and scatters. A lane keeps
-// sums for the k x k locations around its own, separately by column, so that lanes exchange values
-// only when a row is complete: k - 1 shuffles for P * k * k multiplications.
+// the gradient of the features: a warp has a strip of columns, walks down the rows and scatters. A
+// lane keeps sums for the k x k locations around its own, separately by column, so that lanes
+// exchange values only when a row is complete: k - 1 shuffles for P * k * k multiplications.
+//
+// One launch makes both gradients, for both read the output's.
 #pragma once
 
 #include <algorithm>
@@ -27,9 +29,17 @@ constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kBlocksPerMultiprocessor = 3;  // which leaves 168 registers to a thread
 constexpr int kTileWidth = 8, kTileHeight = 4;
 
+// The same for the backward, where a 7 x 7 kernel needs more registers.
+template <int k>
+constexpr int kBackwardBlocks = k == 7 ? 2 : kBlocksPerMultiprocessor;
+
 // Weights of a 7 x 7 kernel for more subpixels than two would not fit into registers.
 template <int k>
 constexpr int kSubpixels = k == 7 ? 2 : 4;
+
+// Weights of a warp's locations, or sums for them, in shared memory: tap, location, subpixel.
+template <int k>
+constexpr int kWeights = k * k * kWarpSize * kSubpixels<k>;
 
 // Channels of a warp's tile in shared memory, and as many on their way.
 template <int k>
@@ -55,34 +65,32 @@ __device__ __forceinline__ void store_pair(float first, float second, T* target)
   *reinterpret_cast<Vector<T, 2>*>(target) = pair;
 }
 
-// Offsets of pairs of subpixels from the top left output pixel of a location, in a row of `stride`.
+// Offsets of pairs of subpixels from the top left output pixel of a location.
 template <int P>
 struct Pairs {
   int offsets[P / 2];
 
   __device__ __forceinline__ Pairs(const Shape& shape, const Map& map, int pass) {
-    const int scale = static_cast<int>(shape.scale), stride = static_cast<int>(map.row);
 #pragma unroll
     for (int i = 0; i < P / 2; ++i) {
-      const int p = pass * P + 2 * i;
-      offsets[i] = p / scale * stride + p % scale;
+      const Subpixel subpixel(shape, pass * P + 2 * i);
+      offsets[i] = subpixel.row * static_cast<int>(map.row) + subpixel.column;
     }
   }
 };
 
 // ------------------------------------------------------------------- tiles of 8 x 4 locations
 
-// What a block of forward_kernel or backward_kernels_kernel works on: some subpixels of all
-// locations of a tile, in one group of one image. `split` is a part of the channels.
+// What a block works on: some subpixels of all locations of a tile, in one group of one image.
+// `split` is a part of the channels.
 struct Tile {
   int64_t n, g;
   int h, w;  // top left
   int pass, split;
 
-  __device__ __forceinline__ Tile(const Shape& shape, int passes, int splits) {
+  __device__ __forceinline__ Tile(const Shape& shape, unsigned index, int passes, int splits) {
     const unsigned columns = static_cast<unsigned>(divide_up(shape.width, kTileWidth));
     const unsigned rows = static_cast<unsigned>(divide_up(shape.height, kTileHeight));
-    unsigned index = blockIdx.x;
     w = static_cast<int>(index % columns) * kTileWidth;
     index /= columns;
     h = static_cast<int>(index % rows) * kTileHeight;
@@ -167,16 +175,21 @@ class Window {
   float values_[kStage<k>][kLoads];
 };
 
+// Floats of shared memory for the windows of a block.
+template <int k, typename T>
+constexpr int kWindows = kWarps * 2 * kStage<k> * Window<k, T>::kSize;
+
 // Calls prefetch(channels left) for every kStage channels of a warp, and then body(c, corner) for
 // each of these: c counts them, and `corner` is the index in shared memory of the feature under the
-// lane's first tap.
+// lane's first tap. The windows of the block begin at `windows`.
 template <int k, typename T, typename Prefetch, typename Body>
 __device__ __forceinline__ void for_channels(Window<k, T>& window, int count,
-                                             const SharedArray<float>& shared, int warp, int lane,
-                                             const Prefetch& prefetch, const Body& body) {
+                                             const SharedArray<float>& shared, int windows,
+                                             int warp, int lane, const Prefetch& prefetch,
+                                             const Body& body) {
   constexpr int kSize = Window<k, T>::kSize;
   const int corner = lane / kTileWidth * Window<k, T>::kPitch + lane % kTileWidth;
-  const int first = warp * 2 * kStage<k> * kSize;
+  const int first = windows + warp * 2 * kStage<k> * kSize;
   int buffer = first;
   window.load(count);
   for (; count > 0; count -= kStage<k>) {
@@ -218,9 +231,8 @@ template <int k, typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     forward_kernel(Shape shape, Map features, Kernels kernels, Map output, int splits) {
   constexpr int P = kSubpixels<k>, kTaps = k * k;
-  SHARED_ARRAY(float, shared_weights, kTaps * kWarpSize * P);  // tap, location, subpixel
-  SHARED_ARRAY(float, shared_features, kWarps * 2 * kStage<k> * (Window<k, T>::kSize));
-  const Tile tile(shape, static_cast<int>(shape.subpixels() / P), splits);
+  SHARED_ARRAY(float, shared, kWeights<k> + (kWindows<k, T>));
+  const Tile tile(shape, blockIdx.x, static_cast<int>(shape.subpixels() / P), splits);
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
 
   if (thread < kWarpSize * P) {
@@ -232,13 +244,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       load_weights(kernels, offset, weights);
     }
 #pragma unroll
-    for (int t = 0; t < kTaps; ++t) shared_weights.set(t * kWarpSize * P + thread, weights[t]);
+    for (int t = 0; t < kTaps; ++t) shared.set(t * kWarpSize * P + thread, weights[t]);
   }
   __syncthreads();
   Vector<float, P> weights[kTaps];
 #pragma unroll
   for (int t = 0; t < kTaps; ++t) {
-    weights[t] = shared_weights.template get<P>((t * kWarpSize + lane) * P);
+    weights[t] = shared.template get<P>((t * kWarpSize + lane) * P);
   }
 
   const Range channels(shape, tile.split * kWarps + warp, splits * kWarps);
@@ -247,12 +259,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const Pairs<P> pairs(shape, output, tile.pass);
   Window<k, T> window(shape, features, tile, channels.begin, lane);
   for_channels(
-      window, channels.count, shared_features, warp, lane, [](int) {},
+      window, channels.count, shared, kWeights<k>, warp, lane, [](int) {},
       [&](int, int corner) {
         float sums[P] = {};
 #pragma unroll
         for (int t = 0; t < kTaps; ++t) {
-          const float feature = shared_features.get(corner + t / k * Window<k, T>::kPitch + t % k);
+          const float feature = shared.get(corner + t / k * Window<k, T>::kPitch + t % k);
 #pragma unroll
           for (int p = 0; p < P; ++p) sums[p] += weights[t].values[p] * feature;
         }
@@ -264,14 +276,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       });
 }
 
+// The gradient of the kernels of a tile.
 template <int k, typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    backward_kernels_kernel(Shape shape, Map grad_output, Map features, Kernels kernels,
-                            Kernels grad_kernels, bool aligned) {
+__device__ __forceinline__ void backward_tile(const Shape& shape, const Map& grad_output,
+                                              const Map& features, const Kernels& kernels,
+                                              const Kernels& grad_kernels, const Tile& tile,
+                                              bool aligned, const SharedArray<float>& shared) {
   constexpr int P = kSubpixels<k>, kTaps = k * k;
-  SHARED_ARRAY(float, shared_sums, kTaps * kWarpSize * P);  // tap, location, subpixel
-  SHARED_ARRAY(float, shared_features, kWarps * 2 * kStage<k> * (Window<k, T>::kSize));
-  const Tile tile(shape, static_cast<int>(shape.subpixels() / P), 1);
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
 
   const Range channels(shape, warp, kWarps);
@@ -282,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   Vector<float, 2> gradients[kStage<k>][P / 2];
   Vector<float, P> sums[kTaps] = {};
   for_channels(
-      window, channels.count, shared_features, warp, lane,
+      window, channels.count, shared, kWeights<k>, warp, lane,
       [&](int count) {
 #pragma unroll
         for (int c = 0; c < kStage<k>; ++c) {
@@ -299,7 +310,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       [&](int c, int corner) {
 #pragma unroll
         for (int t = 0; t < kTaps; ++t) {
-          const float feature = shared_features.get(corner + t / k * Window<k, T>::kPitch + t % k);
+          const float feature = shared.get(corner + t / k * Window<k, T>::kPitch + t % k);
 #pragma unroll
           for (int p = 0; p < P; ++p) {
             sums[t].values[p] += gradients[c][p / 2].values[p % 2] * feature;
@@ -314,11 +325,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
         const int index = (t * kWarpSize + lane) * P;
         Vector<float, P> total = sums[t];
         if (i > 0) {
-          const Vector<float, P> before = shared_sums.template get<P>(index);
+          const Vector<float, P> before = shared.template get<P>(index);
 #pragma unroll
           for (int p = 0; p < P; ++p) total.values[p] += before.values[p];
         }
-        shared_sums.set(index, total);
+        shared.set(index, total);
       }
     }
     __syncthreads();
@@ -328,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if (thread >= kWarpSize * P || !tile.has(shape, location)) return;
   float totals[kTaps];
 #pragma unroll
-  for (int t = 0; t < kTaps; ++t) totals[t] = shared_sums.get(t * kWarpSize * P + thread);
+  for (int t = 0; t < kTaps; ++t) totals[t] = shared.get(t * kWarpSize * P + thread);
   const int row = tile.row(location), column = tile.column(location);
   store_weight_gradients(
       totals, kernels, kernel_offset(kernels, shape, tile.n, tile.g, row, column, p), grad_kernels,
@@ -343,7 +354,7 @@ constexpr int kStripChannels = k == 3   ? 8
                                : k == 5 ? 4
                                         : 2;
 
-// How backward_features_kernel divides the work. A strip is as wide as a warp, or half of one where
+// How the gradient of the features is divided. A strip is as wide as a warp, or half of one where
 // the map is narrow, and consists of source locations; its outermost k / 2 columns of gradients are
 // incomplete unless they lie at the border of the map. A band is some rows of gradients.
 struct Strips {
@@ -373,9 +384,9 @@ struct Strips {
     return result;
   }
 
-  CARAFE_HOST_DEVICE int strips_of_a_warp() const { return kWarpSize / lanes; }
+  CARAFE_HOST_DEVICE int planes_of_a_warp() const { return kWarpSize / lanes; }
   int64_t blocks_of_a_band() const {
-    return divide_up(planes, strips_of_a_warp()) * across * channel_blocks;
+    return divide_up(planes, planes_of_a_warp()) * across * channel_blocks;
   }
 };
 
@@ -385,11 +396,11 @@ struct Column {
   int w;
   bool exists, complete;
 
-  __device__ __forceinline__ Column(const Shape& shape, const Strips& strips, int64_t strip,
-                                    int lane) {
+  // The strip has an index in its row of strips, and a warp those of adjacent planes.
+  __device__ __forceinline__ Column(const Shape& shape, const Strips& strips, int64_t first_plane,
+                                    int index, int lane) {
     const int position = lane % strips.lanes, margin = static_cast<int>(shape.kernel) - 1;
-    const int64_t plane = strip / strips.across * strips.strips_of_a_warp() + lane / strips.lanes;
-    const int index = static_cast<int>(strip % strips.across);
+    const int64_t plane = first_plane + lane / strips.lanes;
     n = plane / shape.groups;
     g = plane % shape.groups;
     w = index * (strips.lanes - margin) + position;
@@ -399,127 +410,160 @@ struct Column {
   }
 };
 
+// The gradient of the features of a band of a strip; `block` counts those.
 template <int k, typename T>
-__global__ void __launch_bounds__(kThreads, k == 7 ? 2 : kBlocksPerMultiprocessor)
-    backward_features_kernel(Shape shape, Map grad_output, Kernels kernels, Map grad_features,
-                             Strips strips, bool aligned) {
+__device__ __forceinline__ void backward_strip(const Shape& shape, const Map& grad_output,
+                                               const Kernels& kernels, const Map& grad_features,
+                                               const Strips& strips, unsigned block, bool aligned,
+                                               const SharedArray<float>& shared) {
   constexpr int P = kSubpixels<k>, kTaps = k * k, kRadius = k / 2, kChannels = kStripChannels<k>;
-  constexpr int kWeights = kTaps * kWarpSize * P;  // tap, lane, subpixel
-  SHARED_ARRAY(float, shared_weights, 2 * kWeights);
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
-  unsigned block = blockIdx.x;
   const int64_t first_channel =
       (int64_t(block % strips.channel_blocks) * kWarps + warp) * kChannels;
   block /= strips.channel_blocks;
-  const int height = static_cast<int>(shape.height);
+  const int index = static_cast<int>(block % strips.across);
+  block /= strips.across;
   const int begin = static_cast<int>(block % strips.bands) * strips.rows;
-  const int end = min(begin + strips.rows, height);
-  const int64_t strip = block / strips.bands;
-  const Column column(shape, strips, strip, lane);        // whose gradients this thread sums
-  const Column staged(shape, strips, strip, thread / P);  // one of whose weights it provides
-  const int64_t staged_offset = kernel_offset(kernels, shape, staged.n, staged.g, 0, staged.w, 0);
+  const int rows = min(strips.rows, static_cast<int>(shape.height) - begin);
+  // Of the source. Those of gradients count from the beginning of the band, too.
+  const int first_row = -min(begin, kRadius);
+  const int end_row = min(rows + kRadius, static_cast<int>(shape.height) - begin);
+  const int64_t plane = int64_t(block / strips.bands) * strips.planes_of_a_warp();
+  const Column column(shape, strips, plane, index, lane);        // whose gradients a thread sums
+  const Column staged(shape, strips, plane, index, thread / P);  // whose weights it provides
+  int64_t staged_offset =
+      kernel_offset(kernels, shape, staged.n, staged.g, begin + first_row, staged.w, 0);
   const int channels =
       static_cast<int>(min(shape.group_channels() - first_channel, int64_t(kChannels)));
   const int loaded = column.exists ? channels : 0, stored = column.complete ? channels : 0;
-  const int staged_rows = staged.exists ? height : 0;
-  const int position = lane % strips.lanes;
 
-  const int first_row = max(begin - kRadius, 0);  // of the source
   const int64_t group_channel = column.g * shape.group_channels() + first_channel;
   const T* source = static_cast<const T*>(grad_output.data) + column.n * grad_output.batch +
                     group_channel * grad_output.channel +
-                    first_row * shape.scale * grad_output.row + column.w * shape.scale;
+                    (begin + first_row) * shape.scale * grad_output.row + column.w * shape.scale;
   T* target = static_cast<T*>(grad_features.data) + column.n * grad_features.batch +
-              group_channel * grad_features.channel + (first_row - kRadius) * grad_features.row +
+              group_channel * grad_features.channel + (begin + first_row - kRadius) * grad_features.row +
               column.w;
   const int passes = static_cast<int>(shape.subpixels() / P);
   int buffer = 0;
-  // Of the k rows of locations around row h of the source. The first one is complete after it.
+  // For the k rows of locations around a row of the source, which completes the first one. With the
+  // first pass of the next row, they move up.
   float sums[kChannels][k][k] = {};
-  // Adds up what the lanes have for a row of locations, and stores it.
-  const auto finish = [&](int row, const float (&parts)[kChannels][k]) {
-    if (row < begin) return;
-    T* next = target;
+  const auto is_of_the_band = [&](int row) {
+    return static_cast<unsigned>(row) < static_cast<unsigned>(rows);
+  };
+  // Adds up what the lanes have for a row, the sums in place u, and stores it.
+  const auto finish = [&](int row, int u, T* next) {
+    if (!is_of_the_band(row)) return;
 #pragma unroll
     for (int c = 0; c < kChannels; ++c) {
-      float total = 0;
+      float total = sums[c][u][kRadius];
 #pragma unroll
-      for (int v = 0; v < k; ++v) {
-        const int from = position + kRadius - v;  // in the strip
-        const float part = __shfl_sync(kAllLanes, parts[c][v], lane + kRadius - v);
-        if (from >= 0 && from < strips.lanes) total += part;
+      for (int d = 1; d <= kRadius; ++d) {
+        add_from_above(total, sums[c][u][kRadius - d], d, strips.lanes);
+        add_from_below(total, sums[c][u][kRadius + d], d, strips.lanes);
       }
       if (c < stored) from_float(total, *next);
       next += grad_features.channel;
     }
   };
-  for (int h = first_row; h < end + kRadius; ++h) {
-    // Adds one pass of row h. In the last one, the sums move up by a row on the way.
-    const auto add = [&](int pass, auto is_last) {
+  for (int row = first_row - kRadius; row < end_row - kRadius; ++row) {  // the first one
+    const auto add = [&](int pass, auto is_first) {
+      Vector<float, 2> gradients[kChannels][P / 2];
+      const auto load = [&] {
+        const Pairs<P> pairs(shape, grad_output, pass);
+        const T* next = source;
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) {
+#pragma unroll
+          for (int i = 0; i < P / 2; ++i) {
+            gradients[c][i] = {};
+            if (c < loaded) gradients[c][i] = load_pair(next + pairs.offsets[i], aligned);
+          }
+          next += grad_output.channel;
+        }
+      };
+      if constexpr (decltype(is_first)::value) load();  // early
       if (thread < kWarpSize * P) {
         float weights[kTaps] = {};
-        if (h < staged_rows) {
+        if (staged.exists) {
           load_weights(
               kernels,
-              staged_offset + kernel_offset(kernels, shape, 0, 0, h, 0, pass * P + thread % P),
+              staged_offset + kernel_offset(kernels, shape, 0, 0, 0, 0, pass * P + thread % P),
               weights);
         }
 #pragma unroll
-        for (int t = 0; t < kTaps; ++t) {
-          shared_weights.set(buffer + t * kWarpSize * P + thread, weights[t]);
-        }
+        for (int t = 0; t < kTaps; ++t) shared.set(buffer + t * kWarpSize * P + thread, weights[t]);
       }
-      Vector<float, 2> gradients[kChannels][P / 2];
-      const Pairs<P> pairs(shape, grad_output, pass);
-      const T* next = source;
-#pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-#pragma unroll
-        for (int i = 0; i < P / 2; ++i) {
-          gradients[c][i] = {};
-          if (h < height && c < loaded) {
-            gradients[c][i] = load_pair(next + pairs.offsets[i], aligned);
-          }
-        }
-        next += grad_output.channel;
-      }
+      if constexpr (!decltype(is_first)::value) load();  // late, as there are more sums to keep
       __syncthreads();
-      float complete[kChannels][k];
 #pragma unroll
       for (int u = 0; u < k; ++u) {
+        if (!is_of_the_band(row + u)) continue;
 #pragma unroll
         for (int v = 0; v < k; ++v) {
           const Vector<float, P> weights =
-              shared_weights.template get<P>(buffer + ((u * k + v) * kWarpSize + lane) * P);
+              shared.template get<P>(buffer + ((u * k + v) * kWarpSize + lane) * P);
 #pragma unroll
           for (int c = 0; c < kChannels; ++c) {
-            float sum = sums[c][u][v];
+            constexpr int kMove = decltype(is_first)::value;
+            float sum = u + kMove < k ? sums[c][u + kMove][v] : 0;
 #pragma unroll
             for (int p = 0; p < P; ++p) {
               sum += weights.values[p] * gradients[c][p / 2].values[p % 2];
             }
-            if constexpr (!decltype(is_last)::value) {
-              sums[c][u][v] = sum;
-            } else if (u == 0) {
-              complete[c][v] = sum;
-            } else {
-              sums[c][u - 1][v] = sum;
-            }
+            sums[c][u][v] = sum;
           }
         }
-        if (decltype(is_last)::value && u == 0) finish(h - kRadius, complete);
       }
-      buffer = kWeights - buffer;  // two in turns, so one barrier is enough
+      buffer = kWeights<k> - buffer;  // two in turns, so one barrier is enough
     };
-    for (int pass = 0; pass < passes - 1; ++pass) add(pass, std::false_type());
-    add(passes - 1, std::true_type());
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-#pragma unroll
-      for (int v = 0; v < k; ++v) sums[c][k - 1][v] = 0;
-    }
+    add(0, std::true_type());
+    for (int pass = 1; pass < passes; ++pass) add(pass, std::false_type());
+    finish(row, 0, target);
+    staged_offset += kernels.row;
     source += shape.scale * grad_output.row;
     target += grad_features.row;
+  }
+  // At the lower border of the map, no more rows of the source complete the last ones.
+#pragma unroll
+  for (int u = 1; u <= kRadius; ++u, target += grad_features.row) {
+    finish(end_row - kRadius + u - 1, u, target);
+  }
+}
+
+// ----------------------------------------------------------------------------- both gradients
+
+// How many blocks of a launch work on strips and on tiles. They take turns, evenly, and both kinds
+// go through the maps in the same order: whichever comes second to a part of the output's gradient
+// is likely to find it in the L2 cache.
+struct Turns {
+  unsigned strips, tiles;
+
+  CARAFE_HOST_DEVICE unsigned blocks() const { return strips + tiles; }
+  // Blocks for strips among the first ones.
+  CARAFE_HOST_DEVICE unsigned strips_of(unsigned first_blocks) const {
+    return static_cast<unsigned>(uint64_t(first_blocks) * strips / blocks());
+  }
+};
+
+// Floats of shared memory: weights twice, or sums and windows.
+template <int k, typename T>
+constexpr int kBackwardShared = kWeights<k> + std::max(kWeights<k>, kWindows<k, T>);
+
+template <int k, typename T>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<k>)
+    backward_kernel(Shape shape, Map grad_output, Map features, Kernels kernels, Map grad_features,
+                    Kernels grad_kernels, Strips strips, Turns turns, bool aligned) {
+  SHARED_ARRAY(float, shared, (kBackwardShared<k, T>));
+  const unsigned before = turns.strips_of(blockIdx.x);
+  if (before < turns.strips_of(blockIdx.x + 1)) {
+    backward_strip<k, T>(shape, grad_output, kernels, grad_features, strips, before, aligned,
+                         shared);
+  } else {
+    const Tile tile(shape, blockIdx.x - before, static_cast<int>(shape.subpixels() / kSubpixels<k>),
+                    1);
+    backward_tile<k, T>(shape, grad_output, features, kernels, grad_kernels, tile, aligned, shared);
   }
 }
 
@@ -567,27 +611,27 @@ bool forward(Launcher& launcher, const Shape& shape, const Map& features, const 
   });
 }
 
+// Gradients that are not wanted are null.
 template <typename T, typename Launcher>
-bool backward_features(Launcher& launcher, const Shape& shape, const Map& grad_output,
-                       const Kernels& kernels, const Map& grad_features) {
-  return with_kernel_size(shape, {grad_output, grad_features}, [&](auto k) {
-    const auto strips = Strips::of<k>(shape, launcher.multiprocessors());
-    launcher.launch(backward_features_kernel<k, T>,
-                    dim3(static_cast<unsigned>(strips.blocks_of_a_band() * strips.bands)), kThreads,
-                    shape, grad_output, kernels, grad_features, strips,
-                    pairs_aligned<T>(grad_output));
-  });
-}
-
-template <typename T, typename Launcher>
-bool backward_kernels(Launcher& launcher, const Shape& shape, const Map& grad_output,
-                      const Map& features, const Kernels& kernels, const Kernels& grad_kernels) {
-  return with_kernel_size(shape, {grad_output, features}, [&](auto k) {
-    const int64_t blocks = tiles(shape) * shape.subpixels() / kSubpixels<k>;
-    launcher.launch(backward_kernels_kernel<k, T>, dim3(static_cast<unsigned>(blocks)), kThreads,
-                    shape, grad_output, features, kernels, grad_kernels,
-                    pairs_aligned<T>(grad_output));
-  });
+bool backward(Launcher& launcher, const Shape& shape, const Map& grad_output, const Map& features,
+              const Kernels& kernels, const Map* grad_features, const Kernels* grad_kernels) {
+  return with_kernel_size(
+      shape, {grad_output, features, grad_features ? *grad_features : features}, [&](auto k) {
+        Strips strips{};
+        Turns turns{};
+        if (grad_features && shape.channels > 0) {
+          strips = Strips::of<k>(shape, launcher.multiprocessors());
+          turns.strips = static_cast<unsigned>(strips.blocks_of_a_band() * strips.bands);
+        }
+        if (grad_kernels) {
+          turns.tiles = static_cast<unsigned>(tiles(shape) * shape.subpixels() / kSubpixels<k>);
+        }
+        if (turns.blocks() == 0) return;
+        launcher.launch(backward_kernel<k, T>, dim3(turns.blocks()), kThreads, shape, grad_output,
+                        features, kernels, grad_features ? *grad_features : Map{},
+                        grad_kernels ? *grad_kernels : Kernels{}, strips, turns,
+                        pairs_aligned<T>(grad_output));
+      });
 }
 
 }  // namespace carafe_d2::contiguous

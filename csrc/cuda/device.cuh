@@ -43,6 +43,34 @@ struct SharedArray {
   __shared__ __align__(16) type name##_storage[count]; \
   const SharedArray<type> name { name##_storage }
 
+// 2^x and 1 / x in one instruction each, to 2^-22 or better. In C++ there would be more around them,
+// for what is below the smallest normal number; that becomes 0 here.
+__device__ __forceinline__ float power_of_two(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+__device__ __forceinline__ float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// Adds the value that lane + delta has, or lane - delta, where that lane is one of the same `width`
+// lanes. The shuffle knows whether it is, so nobody has to compute that.
+__device__ __forceinline__ void add_from_above(float& sum, float value, int delta, int width) {
+  asm volatile("{.reg .pred p; .reg .f32 x;"
+      " shfl.sync.down.b32 x|p, %1, %2, %3, 0xffffffff; @p add.f32 %0, %0, x;}"
+      : "+f"(sum)
+      : "f"(value), "r"(delta), "r"((kWarpSize - width) << 8 | (kWarpSize - 1)));
+}
+__device__ __forceinline__ void add_from_below(float& sum, float value, int delta, int width) {
+  asm volatile("{.reg .pred p; .reg .f32 x;"
+      " shfl.sync.up.b32 x|p, %1, %2, %3, 0xffffffff; @p add.f32 %0, %0, x;}"
+      : "+f"(sum)
+      : "f"(value), "r"(delta), "r"((kWarpSize - width) << 8));
+}
+
 #endif
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
@@ -50,12 +78,24 @@ __device__ __forceinline__ double exponential(double x) { return exp(x); }
 __device__ __forceinline__ float logarithm(float x) { return logf(x); }
 __device__ __forceinline__ double logarithm(double x) { return log(x); }
 
+// Where a subpixel is among the scale * scale ones of its location. Divisions by a number that is
+// known at run time take many instructions: the usual scale does without.
+struct Subpixel {
+  int row, column;
+
+  __device__ __forceinline__ Subpixel(const Shape& shape, int p) {
+    const int scale = static_cast<int>(shape.scale);
+    row = scale == 2 ? p / 2 : p / scale;
+    column = p - row * scale;
+  }
+};
+
 // Where source location (h, w) and subpixel p of group g in image n have their first tap.
 __device__ __forceinline__ int64_t kernel_offset(const Kernels& kernels, const Shape& shape,
                                                  int64_t n, int64_t g, int h, int w, int p) {
-  const int scale = static_cast<int>(shape.scale);
-  return n * kernels.batch + g * kernels.group + h * kernels.row + p / scale * kernels.sub_row +
-         w * kernels.column + p % scale * kernels.sub_column;
+  const Subpixel subpixel(shape, p);
+  return n * kernels.batch + g * kernels.group + h * kernels.row + subpixel.row * kernels.sub_row +
+         w * kernels.column + subpixel.column * kernels.sub_column;
 }
 
 template <typename K, int kTaps>
@@ -99,16 +139,19 @@ __device__ __forceinline__ void store_kernel(const float (&values)[kTaps], const
 
 template <int kTaps>
 __device__ __forceinline__ void softmax(float (&values)[kTaps]) {
+  constexpr float kLog2E = 1.44269504f;
   float largest = values[0];
 #pragma unroll
   for (int t = 1; t < kTaps; ++t) largest = fmaxf(largest, values[t]);
+  // How this is rounded makes no difference: all values have it in common.
+  const float shift = -largest * kLog2E;
   float sum = 0;
 #pragma unroll
   for (int t = 0; t < kTaps; ++t) {
-    values[t] = expf(values[t] - largest);
+    values[t] = power_of_two(fmaf(values[t], kLog2E, shift));
     sum += values[t];
   }
-  const float factor = 1 / sum;
+  const float factor = reciprocal(sum);
 #pragma unroll
   for (int t = 0; t < kTaps; ++t) values[t] *= factor;
 }

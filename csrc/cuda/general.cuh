@@ -275,25 +275,23 @@ void forward(Launcher& launcher, const Shape& shape, const Map& features, const 
       grid(pixel_count(shape) * channel_blocks(shape)), kThreads, shape, features, kernels, output);
 }
 
+// Gradients that are not wanted are null.
 template <typename Types, typename Launcher>
-void backward_features(Launcher& launcher, const Shape& shape, const Map& grad_output,
-                       const Kernels& kernels, const typename Types::Accumulation* normaliser,
-                       const Map& grad_features) {
+void backward(Launcher& launcher, const Shape& shape, const Map& grad_output, const Map& features,
+              const Kernels& kernels, const Map* grad_features, const Kernels* grad_kernels) {
   using A = typename Types::Accumulation;
-  const int64_t locations = shape.batch * shape.groups * shape.height * shape.width;
-  launcher.launch(backward_features_kernel<A, typename Types::Feature, typename Types::Kernel>,
-                  grid(locations * channel_blocks(shape)), kThreads, shape, grad_output, kernels,
-                  normaliser, grad_features);
-}
-
-template <typename Types, typename Launcher>
-void backward_kernels(Launcher& launcher, const Shape& shape, const Map& grad_output,
-                      const Map& features, const Kernels& kernels,
-                      const typename Types::Accumulation* normaliser, const Kernels& grad_kernels) {
-  using A = typename Types::Accumulation;
-  launcher.launch(backward_kernels_kernel<A, typename Types::Feature, typename Types::Kernel>,
-                  grid(pixel_count(shape)), kThreads, shape, grad_output, features, kernels,
-                  normaliser, grad_kernels);
+  using T = typename Types::Feature;
+  using K = typename Types::Kernel;
+  const A* normaliser = normalisers<Types>(launcher, shape, kernels);
+  if (grad_features) {
+    const int64_t locations = shape.batch * shape.groups * shape.height * shape.width;
+    launcher.launch(backward_features_kernel<A, T, K>, grid(locations * channel_blocks(shape)),
+                    kThreads, shape, grad_output, kernels, normaliser, *grad_features);
+  }
+  if (grad_kernels) {
+    launcher.launch(backward_kernels_kernel<A, T, K>, grid(pixel_count(shape)), kThreads, shape,
+                    grad_output, features, kernels, normaliser, *grad_kernels);
+  }
 }
 
 }  // namespace carafe_d2::general

@@ -30,9 +30,6 @@
 
 // ----------------------------------------------------------------------------------- arithmetic
 
-#define __expf expf  // the C library declares functions of these names
-#define __logf logf
-
 template <typename A, typename B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
   using T = std::common_type_t<A, B>;
@@ -159,6 +156,24 @@ inline int __all_sync(unsigned mask, int predicate,
   return cuda_emulation::vote("__all_sync()", place, mask, predicate != 0) ==
          cuda_emulation::Block::current().lanes(mask);
 }
+
+// ------------------------------------------- what csrc/cuda/device.cuh writes in CUDA's assembler
+
+namespace carafe_d2 {
+
+inline float power_of_two(float x) { return exp2f(x); }
+inline float reciprocal(float x) { return 1 / x; }
+
+inline void add_from_above(float& sum, float value, unsigned delta, int width) {
+  const float other = __shfl_down_sync(~0u, value, delta, width);
+  if (threadIdx.x % width + delta < static_cast<unsigned>(width)) sum += other;
+}
+inline void add_from_below(float& sum, float value, unsigned delta, int width) {
+  const float other = __shfl_up_sync(~0u, value, delta, width);
+  if (threadIdx.x % width >= delta) sum += other;
+}
+
+}  // namespace carafe_d2
 
 // -------------------------------------------------------------------------------------- launches
 

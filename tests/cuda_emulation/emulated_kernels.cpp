@@ -90,12 +90,8 @@ const char* emulate_backward(const Device& device, const Shape& shape, const Map
       return backward(launcher, shape, grad_output, features, kernels, grad_features, grad_kernels);
     }
     with_types(features, kernels, [&](auto types) {
-      using Types = decltype(types);
-      const auto* normalisers = general::normalisers<Types>(launcher, shape, kernels);
-      general::backward_features<Types>(launcher, shape, grad_output, kernels, normalisers,
-                                        *grad_features);
-      general::backward_kernels<Types>(launcher, shape, grad_output, features, kernels, normalisers,
-                                       *grad_kernels);
+      general::backward<decltype(types)>(launcher, shape, grad_output, features, kernels,
+                                         grad_features, grad_kernels);
     });
   });
 }
