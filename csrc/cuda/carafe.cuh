@@ -48,11 +48,10 @@ void backward(Launcher& launcher, const Shape& shape, const Map& grad_output, co
     using Types = decltype(types);
     if constexpr (kSpecialised<Types>) {
       using T = typename Types::Feature;
-      if (shape.channels_last
-              ? channels_last::backward<T>(launcher, shape, grad_output, features, kernels,
-                                           grad_features, grad_kernels)
-              : contiguous::backward<T>(launcher, shape, grad_output, features, kernels,
-                                        grad_features, grad_kernels)) {
+      if (shape.channels_last ? channels_last::backward<T>(launcher, shape, grad_output, features,
+                                                           kernels, grad_features, grad_kernels)
+                              : contiguous::backward<T>(launcher, shape, grad_output, features,
+                                                        kernels, grad_features, grad_kernels)) {
         return;
       }
     }

@@ -272,18 +272,18 @@ struct BackwardFeatures {
 };
 
 // Adds a pass of source column x to the sums of the locations that it reaches, those in columns
-// x - r to x + r and in the kRows rows from `row` on. `source` is its pixel in the first of them.
+// x - r to x + r and in the kRows rows from `row` on. `source` is its pixel in `tile_row`.
 template <int k, typename T>
 __device__ __forceinline__ void scatter_column(
-    const T* source, int source_row, const Pass& pass, int row, int height, int x, int columns,
-    const SharedArray<float>& weights, int first,
+    const T* source, int source_row, int tile_row, const Pass& pass, int row, int height, int x,
+    int columns, const SharedArray<float>& weights, int first,
     float (&sums)[BackwardFeatures<k>::kRows][k][kVector]) {
   using Sizes = BackwardFeatures<k>;
   constexpr int r = k / 2, kSources = Sizes::kRows + k - 1;
   Channels<T> next[kSubpixels];
   // Source row row - r + i. One outside the map is not used, and another one loaded in its place.
   const auto load_row = [&](int i) {
-    const T* pixel = source + (nearest_below(row - r + i, height) - row) * source_row;
+    const T* pixel = source + (nearest_below(row - r + i, height) - tile_row) * source_row;
 #pragma unroll
     for (int p = 0; p < kSubpixels; ++p) next[p] = load(pixel + pass[p]);
   };
@@ -331,12 +331,11 @@ __global__ void __launch_bounds__(BackwardFeatures<k>::kThreads, BackwardFeature
   const int end = min(tile.column + tile.columns + r, width);  // of the source columns
   const bool is_active = row < height && tile.channel < tiling.channels;
   const int source_row = static_cast<int>(shape.scale * grad_output.row);
-  const int source_column = static_cast<int>(shape.scale * grad_output.column);
-  const T* source =
-      tile.pixel<const T>(tiling, grad_output, row * shape.scale, tile.column * shape.scale);
+  const T* source = tile.pixel<const T>(tiling, grad_output, tile.row * shape.scale,
+                                        (tile.column - r) * shape.scale);
 
   float sums[kRows][k][kVector] = {};  // of columns x - r to x + r
-  int slot = Sizes::kSteps;  // of the step's weights
+  int slot = Sizes::kSteps;            // of the step's weights
   for (int x = -r; x < tile.columns + r; ++x) {
     for (int pass = 0; pass < tiling.passes; ++pass, ++slot) {
       if (slot == Sizes::kSteps) {
@@ -347,11 +346,11 @@ __global__ void __launch_bounds__(BackwardFeatures<k>::kThreads, BackwardFeature
         StepWeights::load(shape, kernels, tile, area, weights);
         __syncthreads();
       }
-      const Pass offsets(shape, grad_output, pass);
       if (is_active && is_below(tile.column + x, end)) {
-        scatter_column<k>(source + x * source_column + offsets.first, source_row, offsets, row,
-                          height, x, tile.columns, weights,
-                          StepWeights::index(tile.row_team * kRows, slot, 0), sums);
+        const Pass offsets(shape, grad_output, pass);
+        scatter_column<k>(source + offsets.first, source_row, tile.row, offsets, row, height, x,
+                          tile.columns, weights, StepWeights::index(tile.row_team * kRows, slot, 0),
+                          sums);
       }
     }
 #pragma unroll
@@ -365,6 +364,7 @@ __global__ void __launch_bounds__(BackwardFeatures<k>::kThreads, BackwardFeature
         for (int q = 0; q < kVector; ++q) sums[a][v][q] = v + 1 < k ? sums[a][v + 1][q] : 0;
       }
     }
+    source += shape.scale * grad_output.column;
   }
 }
 

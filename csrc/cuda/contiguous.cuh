@@ -390,7 +390,8 @@ struct Strips {
   }
 };
 
-// The source location of a lane in a strip, and whether the strip completes its gradient.
+// The source location of a lane in a strip, and whether the strip completes its gradient. Where there
+// is none, the nearest one.
 struct Column {
   int64_t n, g;
   int w;
@@ -400,11 +401,14 @@ struct Column {
   __device__ __forceinline__ Column(const Shape& shape, const Strips& strips, int64_t first_plane,
                                     int index, int lane) {
     const int position = lane % strips.lanes, margin = static_cast<int>(shape.kernel) - 1;
-    const int64_t plane = first_plane + lane / strips.lanes;
+    const int width = static_cast<int>(shape.width);
+    int64_t plane = first_plane + lane / strips.lanes;
+    w = index * (strips.lanes - margin) + position;
+    exists = plane < strips.planes && w < width;
+    plane = min(plane, strips.planes - 1);
+    w = min(w, width - 1);
     n = plane / shape.groups;
     g = plane % shape.groups;
-    w = index * (strips.lanes - margin) + position;
-    exists = plane < strips.planes && w < shape.width;
     complete = exists && (index == 0 || position >= margin / 2) &&
                (index == strips.across - 1 || position < strips.lanes - margin / 2);
   }
@@ -431,8 +435,8 @@ __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& gr
   const int64_t plane = int64_t(block / strips.bands) * strips.planes_of_a_warp();
   const Column column(shape, strips, plane, index, lane);        // whose gradients a thread sums
   const Column staged(shape, strips, plane, index, thread / P);  // whose weights it provides
-  int64_t staged_offset =
-      kernel_offset(kernels, shape, staged.n, staged.g, begin + first_row, staged.w, 0);
+  int64_t staged_offset = kernel_offset(kernels, shape, staged.n, staged.g, begin + first_row,
+                                        staged.w, thread % P);  // in the first pass
   const int channels =
       static_cast<int>(min(shape.group_channels() - first_channel, int64_t(kChannels)));
   const int loaded = column.exists ? channels : 0, stored = column.complete ? channels : 0;
@@ -442,8 +446,8 @@ __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& gr
                     group_channel * grad_output.channel +
                     (begin + first_row) * shape.scale * grad_output.row + column.w * shape.scale;
   T* target = static_cast<T*>(grad_features.data) + column.n * grad_features.batch +
-              group_channel * grad_features.channel + (begin + first_row - kRadius) * grad_features.row +
-              column.w;
+              group_channel * grad_features.channel +
+              (begin + first_row - kRadius) * grad_features.row + column.w;
   const int passes = static_cast<int>(shape.subpixels() / P);
   int buffer = 0;
   // For the k rows of locations around a row of the source, which completes the first one. With the
@@ -485,13 +489,13 @@ __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& gr
       };
       if constexpr (decltype(is_first)::value) load();  // early
       if (thread < kWarpSize * P) {
-        float weights[kTaps] = {};
-        if (staged.exists) {
-          load_weights(
-              kernels,
-              staged_offset + kernel_offset(kernels, shape, 0, 0, 0, 0, pass * P + thread % P),
-              weights);
+        int64_t offset = staged_offset;
+        if constexpr (!decltype(is_first)::value) {
+          offset += subpixel_offset(kernels, shape, pass * P + thread % P) -
+                    subpixel_offset(kernels, shape, thread % P);
         }
+        float weights[kTaps];
+        load_weights(kernels, offset, weights);
 #pragma unroll
         for (int t = 0; t < kTaps; ++t) shared.set(buffer + t * kWarpSize * P + thread, weights[t]);
       }

@@ -59,13 +59,15 @@ __device__ __forceinline__ float reciprocal(float x) {
 // Adds the value that lane + delta has, or lane - delta, where that lane is one of the same `width`
 // lanes. The shuffle knows whether it is, so nobody has to compute that.
 __device__ __forceinline__ void add_from_above(float& sum, float value, int delta, int width) {
-  asm volatile("{.reg .pred p; .reg .f32 x;"
+  asm volatile(
+      "{.reg .pred p; .reg .f32 x;"
       " shfl.sync.down.b32 x|p, %1, %2, %3, 0xffffffff; @p add.f32 %0, %0, x;}"
       : "+f"(sum)
       : "f"(value), "r"(delta), "r"((kWarpSize - width) << 8 | (kWarpSize - 1)));
 }
 __device__ __forceinline__ void add_from_below(float& sum, float value, int delta, int width) {
-  asm volatile("{.reg .pred p; .reg .f32 x;"
+  asm volatile(
+      "{.reg .pred p; .reg .f32 x;"
       " shfl.sync.up.b32 x|p, %1, %2, %3, 0xffffffff; @p add.f32 %0, %0, x;}"
       : "+f"(sum)
       : "f"(value), "r"(delta), "r"((kWarpSize - width) << 8));
@@ -90,12 +92,18 @@ struct Subpixel {
   }
 };
 
+// What subpixel p adds to the offset of its location's taps.
+__device__ __forceinline__ int64_t subpixel_offset(const Kernels& kernels, const Shape& shape,
+                                                   int p) {
+  const Subpixel subpixel(shape, p);
+  return subpixel.row * kernels.sub_row + subpixel.column * kernels.sub_column;
+}
+
 // Where source location (h, w) and subpixel p of group g in image n have their first tap.
 __device__ __forceinline__ int64_t kernel_offset(const Kernels& kernels, const Shape& shape,
                                                  int64_t n, int64_t g, int h, int w, int p) {
-  const Subpixel subpixel(shape, p);
-  return n * kernels.batch + g * kernels.group + h * kernels.row + subpixel.row * kernels.sub_row +
-         w * kernels.column + subpixel.column * kernels.sub_column;
+  return n * kernels.batch + g * kernels.group + h * kernels.row + w * kernels.column +
+         subpixel_offset(kernels, shape, p);
 }
 
 template <typename K, int kTaps>
