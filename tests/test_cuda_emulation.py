@@ -423,6 +423,29 @@ def test_what_is_not_finite_stays_in_its_window(emulation, case, bad, channels_l
 
 @OPERATORS
 @LAYOUTS
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@TYPICAL_CASES
+def test_a_weight_that_is_not_finite_stays_in_its_window(emulation, case, bad, channels_last, fused):
+    """Also beside the border, where lanes have no location of their own."""
+    case = replace(case, channels_last=channels_last, fused=fused)
+    features, kernels, grad_output = case.inputs()
+    operator = Operator(emulation)
+    taps = case.kernel**2
+    for tap in (0, taps // 2, taps - 1):  # the corners and the centre
+        for position in (0, -1):
+            inputs = features, kernels.clone(), grad_output
+            channel = tap * case.scale**2 if fused else tap
+            inputs[1][-1, channel, position, position] = bad
+            finite = [expected.isfinite() for expected in case.expected(*inputs)]
+            results = operator(case, inputs)
+            for result, is_finite in zip(results, finite, strict=True):
+                assert result[is_finite].isfinite().all()
+            if tap == taps // 2:  # which is never outside the map
+                assert not results[0].isfinite().all()
+
+
+@OPERATORS
+@LAYOUTS
 def test_extreme_logits_and_weights(emulation, channels_last, fused):
     for kernel in (3, 5):
         case = Case(kernel=kernel, channels_last=channels_last, fused=fused)

@@ -390,8 +390,7 @@ struct Strips {
   }
 };
 
-// The source location of a lane in a strip, and whether the strip completes its gradient. Where there
-// is none, the nearest one.
+// The source location of a lane in a strip, and whether the strip completes its gradient.
 struct Column {
   int64_t n, g;
   int w;
@@ -401,14 +400,11 @@ struct Column {
   __device__ __forceinline__ Column(const Shape& shape, const Strips& strips, int64_t first_plane,
                                     int index, int lane) {
     const int position = lane % strips.lanes, margin = static_cast<int>(shape.kernel) - 1;
-    const int width = static_cast<int>(shape.width);
-    int64_t plane = first_plane + lane / strips.lanes;
-    w = index * (strips.lanes - margin) + position;
-    exists = plane < strips.planes && w < width;
-    plane = min(plane, strips.planes - 1);
-    w = min(w, width - 1);
+    const int64_t plane = first_plane + lane / strips.lanes;
     n = plane / shape.groups;
     g = plane % shape.groups;
+    w = index * (strips.lanes - margin) + position;
+    exists = plane < strips.planes && w < shape.width;
     complete = exists && (index == 0 || position >= margin / 2) &&
                (index == strips.across - 1 || position < strips.lanes - margin / 2);
   }
@@ -494,8 +490,8 @@ __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& gr
           offset += subpixel_offset(kernels, shape, pass * P + thread % P) -
                     subpixel_offset(kernels, shape, thread % P);
         }
-        float weights[kTaps];
-        load_weights(kernels, offset, weights);
+        float weights[kTaps] = {};
+        if (staged.exists) load_weights(kernels, offset, weights);
 #pragma unroll
         for (int t = 0; t < kTaps; ++t) shared.set(buffer + t * kWarpSize * P + thread, weights[t]);
       }
