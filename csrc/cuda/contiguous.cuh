@@ -122,7 +122,7 @@ class Window {
   static constexpr int kWidth = kTileWidth + k - 1, kHeight = kTileHeight + k - 1;
   // Rows of a pitch of 24 (8 modulo 32) lie in different banks for the four rows of a warp.
   static constexpr int kPitch = 24;
-  static constexpr int kSize = kHeight * kPitch;
+  static constexpr int kSize = kHeight * kPitch * kStage<k>;
 
   __device__ __forceinline__ Window(const Shape& shape, const Map& features, const Tile& tile,
                                     int64_t first_channel, int lane)
@@ -146,23 +146,25 @@ class Window {
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const bool wanted = offsets_[i] >= 0 && c < count;
-        values_[c][i] = wanted ? to_float(next_[offsets_[i]]) : 0;
+        values_[i].values[c] = wanted ? to_float(next_[offsets_[i]]) : 0;
       }
       next_ += channel_;
+      forget_origin(next_);
     }
+  }
+
+  // Where the channels of a location are.
+  CARAFE_HOST_DEVICE static int index(int row, int column) {
+    return (row * kPitch + column) * kStage<k>;
   }
 
   __device__ __forceinline__ void store(const SharedArray<float>& shared, int begin,
                                         int lane) const {
 #pragma unroll
-    for (int c = 0; c < kStage<k>; ++c) {
-#pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
-        const int position = lane + i * kWarpSize;
-        if (position >= kWidth * kHeight) continue;
-        shared.set(begin + c * kSize + position / kWidth * kPitch + position % kWidth,
-                   values_[c][i]);
-      }
+    for (int i = 0; i < kLoads; ++i) {
+      const int position = lane + i * kWarpSize;
+      if (position >= kWidth * kHeight) continue;
+      shared.set(begin + index(position / kWidth, position % kWidth), values_[i]);
     }
   }
 
@@ -172,24 +174,24 @@ class Window {
   int64_t channel_;
   const T* next_;
   int offsets_[kLoads];  // negative outside the map
-  float values_[kStage<k>][kLoads];
+  Vector<float, kStage<k>> values_[kLoads];
 };
 
 // Floats of shared memory for the windows of a block.
 template <int k, typename T>
-constexpr int kWindows = kWarps * 2 * kStage<k> * Window<k, T>::kSize;
+constexpr int kWindows = kWarps * 2 * Window<k, T>::kSize;
 
-// Calls prefetch(channels left) for every kStage channels of a warp, and then body(c, corner) for
-// each of these: c counts them, and `corner` is the index in shared memory of the feature under the
-// lane's first tap. The windows of the block begin at `windows`.
+// Calls prefetch(count) and then body(count, corner) for every kStage channels of a warp, of which
+// `count` are left and those beyond are zero: `corner` is the index in shared memory of the features
+// under the lane's first tap. The windows of the block begin at `windows`.
 template <int k, typename T, typename Prefetch, typename Body>
 __device__ __forceinline__ void for_channels(Window<k, T>& window, int count,
                                              const SharedArray<float>& shared, int windows,
                                              int warp, int lane, const Prefetch& prefetch,
                                              const Body& body) {
   constexpr int kSize = Window<k, T>::kSize;
-  const int corner = lane / kTileWidth * Window<k, T>::kPitch + lane % kTileWidth;
-  const int first = windows + warp * 2 * kStage<k> * kSize;
+  const int corner = Window<k, T>::index(lane / kTileWidth, lane % kTileWidth);
+  const int first = windows + warp * 2 * kSize;
   int buffer = first;
   window.load(count);
   for (; count > 0; count -= kStage<k>) {
@@ -198,11 +200,8 @@ __device__ __forceinline__ void for_channels(Window<k, T>& window, int count,
     __syncwarp();
     prefetch(count);
     window.load(count - kStage<k>);
-#pragma unroll
-    for (int c = 0; c < kStage<k>; ++c) {
-      if (c < count) body(c, buffer + c * kSize + corner);
-    }
-    buffer = 2 * first + kStage<k> * kSize - buffer;
+    body(count, buffer + corner);
+    buffer = 2 * first + kSize - buffer;
   }
 }
 
@@ -260,19 +259,27 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   Window<k, T> window(shape, features, tile, channels.begin, lane);
   for_channels(
       window, channels.count, shared, kWeights<k>, warp, lane, [](int) {},
-      [&](int, int corner) {
-        float sums[P] = {};
+      [&](int count, int corner) {
+        float sums[kStage<k>][P] = {};
 #pragma unroll
         for (int t = 0; t < kTaps; ++t) {
-          const float feature = shared.get(corner + t / k * Window<k, T>::kPitch + t % k);
+          const auto features =
+              shared.template get<kStage<k>>(corner + Window<k, T>::index(t / k, t % k));
 #pragma unroll
-          for (int p = 0; p < P; ++p) sums[p] += weights[t].values[p] * feature;
+          for (int c = 0; c < kStage<k>; ++c) {
+#pragma unroll
+            for (int p = 0; p < P; ++p) sums[c][p] += weights[t].values[p] * features.values[c];
+          }
         }
 #pragma unroll
-        for (int i = 0; i < P / 2; ++i) {
-          if (inside) store_pair(sums[2 * i], sums[2 * i + 1], target + pairs.offsets[i]);
+        for (int c = 0; c < kStage<k>; ++c) {
+#pragma unroll
+          for (int i = 0; i < P / 2; ++i) {
+            if (!inside || c >= count) continue;
+            store_pair(sums[c][2 * i], sums[c][2 * i + 1], target + pairs.offsets[i]);
+          }
+          target += output.channel;
         }
-        target += output.channel;
       });
 }
 
@@ -307,13 +314,17 @@ __device__ __forceinline__ void backward_tile(const Shape& shape, const Map& gra
           source += grad_output.channel;
         }
       },
-      [&](int c, int corner) {
+      [&](int, int corner) {
 #pragma unroll
         for (int t = 0; t < kTaps; ++t) {
-          const float feature = shared.get(corner + t / k * Window<k, T>::kPitch + t % k);
+          const auto features =
+              shared.template get<kStage<k>>(corner + Window<k, T>::index(t / k, t % k));
 #pragma unroll
-          for (int p = 0; p < P; ++p) {
-            sums[t].values[p] += gradients[c][p / 2].values[p % 2] * feature;
+          for (int c = 0; c < kStage<k>; ++c) {
+#pragma unroll
+            for (int p = 0; p < P; ++p) {
+              sums[t].values[p] += gradients[c][p / 2].values[p % 2] * features.values[c];
+            }
           }
         }
       });

@@ -164,6 +164,9 @@ namespace carafe_d2 {
 inline float power_of_two(float x) { return exp2f(x); }
 inline float reciprocal(float x) { return 1 / x; }
 
+template <typename T>
+void forget_origin(T*&) {}
+
 inline void add_from_above(float& sum, float value, unsigned delta, int width) {
   const float other = __shfl_down_sync(~0u, value, delta, width);
   if (threadIdx.x % width + delta < static_cast<unsigned>(width)) sum += other;
