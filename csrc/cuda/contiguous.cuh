@@ -596,8 +596,9 @@ bool with_kernel_size(const Shape& shape, std::initializer_list<Map> maps, const
   for (const Map& map : maps) {
     if (rows > (INT32_MAX - columns) / std::max<int64_t>(1, map.row)) return false;
   }
-  const int64_t blocks_of_a_plane = rows * divide_up(columns, kTileWidth);
-  if (shape.batch * shape.channels > INT32_MAX / blocks_of_a_plane) return false;
+  // Of a tile, there are at most half as many blocks as subpixels, and no more strips than channels.
+  const int64_t blocks_of_a_tile = shape.subpixels() / 2 + shape.group_channels();
+  if (tiles(shape) > INT32_MAX / blocks_of_a_tile) return false;
   if (shape.scale % 2 != 0) return false;
   switch (shape.kernel) {
     case 3: body(std::integral_constant<int, 3>()); return true;
