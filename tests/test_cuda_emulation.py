@@ -329,12 +329,16 @@ def test_general_kernels_loop_over_the_work(emulation, dtypes, channels_last, fu
         check(emulation, case, 1, 2)
 
 
+def launched(library: ctypes.CDLL) -> list[str]:
+    """The kernels that ran since the last call, with their namespaces."""
+    return library.take_launched().decode().replace("carafe_d2::", "").splitlines()
+
+
 def kernels_of_case(library: ctypes.CDLL, case: Case) -> set[str]:
     """The namespaces of the kernels that run."""
-    library.take_launched()
+    launched(library)
     Operator(library)(case, case.inputs())
-    names = library.take_launched().decode().splitlines()
-    return {name.removeprefix("carafe_d2::").split("::")[0] for name in names}
+    return {name.split("::")[0] for name in launched(library)}
 
 
 @OPERATORS
@@ -358,6 +362,17 @@ def test_there_are_special_kernels(emulation, dtypes, kernel, channels_last, fus
 )
 def test_there_are_general_kernels(emulation, case, channels_last):
     assert kernels_of_case(emulation, replace(case, channels_last=channels_last)) == {"general"}
+
+
+@OPERATORS
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=str)
+def test_gradients_of_contiguous_maps_are_one_launch(emulation, wanted, fused):
+    """So that the output's gradient, which both need, is read at about the same time."""
+    case = Case(fused=fused)
+    launched(emulation)
+    Operator(emulation).backward(case, *case.inputs(), wanted=wanted)
+    (kernel,) = launched(emulation)
+    assert kernel.startswith("contiguous::backward_kernel<5")
 
 
 # ----------------------------------------------------------------------------- promises and limits
@@ -425,7 +440,9 @@ def test_what_is_not_finite_stays_in_its_window(emulation, case, bad, channels_l
 @LAYOUTS
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @TYPICAL_CASES
-def test_a_weight_that_is_not_finite_stays_in_its_window(emulation, case, bad, channels_last, fused):
+def test_a_weight_that_is_not_finite_stays_in_its_window(
+    emulation, case, bad, channels_last, fused
+):
     """Also beside the border, where lanes have no location of their own."""
     case = replace(case, channels_last=channels_last, fused=fused)
     features, kernels, grad_output = case.inputs()
