@@ -225,7 +225,12 @@ class TestInterruption:
         done = 0
         for sent, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
             process = subprocess.Popen(
-                command, cwd=package_parent, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+                command,
+                cwd=package_parent,
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                # A job that a shell put into the background ignores it, and so would the process.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             while self.finished_images(stopped) < done + 20:
                 assert process.poll() is None, process.stderr.read()
