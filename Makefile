@@ -41,7 +41,7 @@ quickstart: environment
 	@$(PY) train_net.py --resume --config-file $(CONFIG) OUTPUT_DIR $(OUTPUT) \
 		TEST.EXPECTED_RESULTS "$(EXPECTED)"
 	@echo "== Pictures"
-	@$(PY) tools/visualise.py --config-file $(CONFIG) --output $(OUTPUT)/predictions.png \
+	@$(PY) tools/visualize.py --config-file $(CONFIG) --output $(OUTPUT)/predictions.png \
 		MODEL.WEIGHTS $(OUTPUT)/model_final.pth
 	@echo
 	@echo "Done. The tables above are box and mask AP on shapes_val."

@@ -86,7 +86,7 @@ class Trainer(DefaultTrainer):
         )
 
     def state_dict(self):
-        # The trainer inside holds optimiser and gradient scaler; Detectron2 0.6 leaves them out.
+        # The trainer inside holds optimizer and gradient scaler; Detectron2 0.6 leaves them out.
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict):

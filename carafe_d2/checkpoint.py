@@ -57,7 +57,7 @@ _RESNETS = {
 class CarafeCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, which also reads the checkpoints of MMDetection.
 
-    MMDetection's are recognised by the names of their weights and converted on the way in. Their
+    MMDetection's are recognized by the names of their weights and converted on the way in. Their
     weights have to be those of the model, all of them and no others: a checkpoint of MMDetection
     that fits in part would evaluate to figures that mean nothing.
     """
@@ -86,7 +86,7 @@ class CarafeCheckpointer(DetectionCheckpointer):
 
         Args:
             path: a file, or an address that Detectron2's path manager knows (https, detectron2);
-                empty leaves the model as it was initialised.
+                empty leaves the model as it was initialized.
             *args, **kwargs: see :class:`fvcore.common.checkpoint.Checkpointer`.
 
         Returns:

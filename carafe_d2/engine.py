@@ -246,7 +246,7 @@ def _forget_earlier_training(checkpointer: CarafeCheckpointer) -> None:
 def share_buffers(model: nn.Module) -> None:
     """Gives all processes the buffers of the first, whose model is the one that is saved.
 
-    Batch normalisation gathers its statistics in every process from that one's images. Before an
+    Batch normalization gathers its statistics in every process from that one's images. Before an
     evaluation they have to be shared, or each process evaluates another model.
     """
     if isinstance(model, DistributedDataParallel):

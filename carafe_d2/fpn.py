@@ -42,7 +42,7 @@ class CarafeFPN(Backbone):
                 "res5"], each of half the resolution of the one before.
             out_channels: channels of every pyramid level.
             num_extra_levels: levels beyond the last of ``in_features``.
-            norm: normalisation of lateral and output convolutions, see
+            norm: normalization of lateral and output convolutions, see
                 :func:`detectron2.layers.get_norm`.
             fuse_type: "sum" or "avg", how lateral and upsampled features are joined.
             upsampler: arguments of :func:`carafe_d2.build_upsampler`; default is CARAFE's.

@@ -1,4 +1,4 @@
-"""MMDetection's checkpoints: recognised, and converted to Detectron2's layout and back.
+"""MMDetection's checkpoints: recognized, and converted to Detectron2's layout and back.
 
 The models are the same, so the conversion is one of names and of the order of rows; it is lossless.
 Two layouts exist. That of MMDetection 2.x and 3.x keeps the RoI heads under ``roi_head`` and has
@@ -170,7 +170,7 @@ def to_mmdet(
         del weights[name]
     names = {name: new for name in weights if (new := _translate(name, table)) is not None}
     unknown = [name for name in weights if name not in names]
-    # Only batch normalisation has the name "bn" in MMDetection.
+    # Only batch normalization has the name "bn" in MMDetection.
     unknown += [
         name
         for name in weights
@@ -227,7 +227,7 @@ def differences(
 
 
 def beside_weights(content: Mapping) -> list[str]:
-    """What a file of either holds beside weights and meta information, such as an optimiser."""
+    """What a file of either holds beside weights and meta information, such as an optimizer."""
     if not content.keys() & {"model", "state_dict"}:
         return []
     about = {"model", "state_dict", "meta", "mmdet", "__author__", "matching_heuristics"}
@@ -244,7 +244,7 @@ def num_classes(weights: Mapping[str, Tensor]) -> int | None:
 
 
 def is_counter(name: str) -> bool:
-    """Whether a weight only counts the batches that a batch normalisation has seen."""
+    """Whether a weight only counts the batches that a batch normalization has seen."""
     return name.endswith(".num_batches_tracked")
 
 

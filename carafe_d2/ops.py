@@ -78,7 +78,7 @@ def carafe(
     Args:
         features: (N, C, H, W), float64, float32, float16 or bfloat16. Contiguous and channels_last
             are used as they are.
-        masks: (N, group_size*k*k, s*H, s*W), the weights, usually normalised over each k*k. Of
+        masks: (N, group_size*k*k, s*H, s*W), the weights, usually normalized over each k*k. Of
             float64 if features are, otherwise of any of the other three dtypes.
         kernel_size: k, odd.
         group_size: number of groups of channels that share their weights; divides C.
@@ -98,7 +98,7 @@ def carafe(
 def carafe_upsample(
     features: Tensor, kernel_logits: Tensor, kernel_size: int, group_size: int, scale_factor: int
 ) -> Tensor:
-    """Kernel normalisation and reassembly in one pass (arXiv 1905.02188, sections 3.2 and 3.3).
+    """Kernel normalization and reassembly in one pass (arXiv 1905.02188, sections 3.2 and 3.3).
 
     The same as `carafe` with the masks `softmax(pixel_shuffle(kernel_logits, s))`, the softmax over
     the k*k taps of each group, but without ever storing these masks.
@@ -284,7 +284,7 @@ def _register(operator: str, kernels_name: str) -> None:
     torch.library.register_autograd(f"carafe_d2::{operator}_backward", backward_twice)
 
     # A multiplication and an addition per output value and tap, as PyTorch counts convolutions.
-    # Normalising the kernels is not counted, just as PyTorch does not count softmax.
+    # Normalizing the kernels is not counted, just as PyTorch does not count softmax.
     def reassembly_flops(features_shape, kernel_size, scale_factor):
         n, c, h, w = features_shape
         return 2 * n * c * h * w * scale_factor**2 * kernel_size**2

@@ -50,7 +50,7 @@ def carafe_naive(
 def carafe_upsample_naive(
     features: Tensor, kernel_logits: Tensor, kernel_size: int, group_size: int, scale_factor: int
 ) -> Tensor:
-    """Kernel normalisation and reassembly (arXiv 1905.02188, sections 3.2 and 3.3).
+    """Kernel normalization and reassembly (arXiv 1905.02188, sections 3.2 and 3.3).
 
     The same as `carafe_naive` with the masks `softmax(pixel_shuffle(kernel_logits, s))`, the
     softmax over the k*k taps of each group.

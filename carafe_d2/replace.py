@@ -112,7 +112,7 @@ def replace_upsampling(
     encoder_dilation: int = 1,
     compressed_channels: int = 64,
 ) -> UpsamplingReport:
-    """Puts CARAFE, freshly initialised, in the place of a model's upsampling; changes it in place.
+    """Puts CARAFE, freshly initialized, in the place of a model's upsampling; changes it in place.
 
     Replaced are nearest and bilinear ``nn.Upsample`` and ``F.interpolate`` and
     ``nn.ConvTranspose2d`` whose factor is the same integer from 2 to ``max_scale`` in both
@@ -127,11 +127,11 @@ def replace_upsampling(
 
     Where a size was asked for rather than a factor, CARAFE upsamples by the factor rounded up, and
     what is too much is cut off at the bottom and at the right. Output pixel y thus keeps looking
-    at input pixel y // factor, as with nearest neighbours; a pyramid's 13 rows become 26, then 25.
+    at input pixel y // factor, as with nearest neighbors; a pyramid's 13 rows become 26, then 25.
     A size that belongs to another factor than that of the example raises a RuntimeError, as does a
     forward pass that interpolates more or less often than with the example.
 
-    Call it before the optimiser is made and before compiling, sharding or wrapping the model.
+    Call it before the optimizer is made and before compiling, sharding or wrapping the model.
     ``torch.jit.script`` cannot read a module whose ``F.interpolate`` was replaced, and activation
     checkpointing has to hold such a module as a whole.
 
@@ -232,7 +232,7 @@ class CARAFEConvTranspose2d(nn.Module):
 
 
 def _crop(upsampled: Tensor, size: Sequence[int], scale: int) -> Tensor:
-    """Cuts what is too much off the end; input pixel y // scale stays the centre of output y."""
+    """Cuts what is too much off the end; input pixel y // scale stays the center of output y."""
     height, width = upsampled.shape[-2:]
     if not (height - scale < size[0] <= height and width - scale < size[1] <= width):
         raise RuntimeError(

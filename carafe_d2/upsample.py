@@ -67,7 +67,7 @@ class CARAFEPack(nn.Module):
     """The CARAFE upsampler: predicts a kernel for every output pixel and reassembles with it.
 
     Kernel prediction module (paper, section 3.2): a 1x1 convolution compresses the channels, a
-    convolution over their neighbourhood puts out the kernels of ``scale_factor**2`` output pixels
+    convolution over their neighborhood puts out the kernels of ``scale_factor**2`` output pixels
     for each location, and a softmax makes every kernel sum to one. The content-aware reassembly
     module (section 3.3) applies them.
 
@@ -128,7 +128,7 @@ class CARAFEPack(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialises as published: the tiny encoder makes all kernels start as a plain mean."""
+        """Initializes as published: the tiny encoder makes all kernels start as a plain mean."""
         nn.init.xavier_uniform_(self.channel_compressor.weight)
         nn.init.normal_(self.content_encoder.weight, std=0.001)
         _zero_bias(self.channel_compressor)

@@ -41,7 +41,7 @@ struct Map {
 // Reassembly kernels, one value for each (n, g, t, h, w, p). Masks (N, g*k*k, s*H, s*W) and the
 // logits of the content encoder (N, g*k*k*s*s, H, W) hold the same values in a different order, and
 // in both the offset is linear in these indices. So one struct of strides describes either of them,
-// and `softmax` says whether the values have to be normalised over the taps first.
+// and `softmax` says whether the values have to be normalized over the taps first.
 struct Kernels {
   void* data;
   Type type;

@@ -2,7 +2,7 @@
 //
 // Everything is `static`: this header is compiled for several instruction sets, and none of the
 // copies may replace another at link time. The host versions are free of branches, so that loops
-// over them vectorise.
+// over them vectorize.
 #pragma once
 
 #include <cstdint>
@@ -56,7 +56,7 @@ static CARAFE_HOST_DEVICE float to_float(Half value) {
 #else
   const uint32_t magnitude = value.bits & 0x7fffu;
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
-  // The exponent is rebiased by a multiplication with 2^112, which also normalises subnormals.
+  // The exponent is rebiased by a multiplication with 2^112, which also normalizes subnormals.
   const float scaled = float_from_bits(magnitude << 13) * float_from_bits(0x77800000u);
   const uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;  // infinity or NaN
   return float_from_bits(bits_from_float(scaled) | special | sign);

@@ -113,8 +113,8 @@ def test_plot_is_a_picture(quick_run):
     picture = pyplot.imread(quick_run.folder / "upsampling_float32_contiguous.png")
     height, width, _ = picture.shape
     assert min(height, width) > 400
-    for colour in (report.OURS_COLOUR, report.PEER_COLOUR):
-        wanted = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    for color in (report.OURS_COLOR, report.PEER_COLOR):
+        wanted = torch.tensor([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         distance = (torch.from_numpy(picture[..., :3].copy()) - wanted).abs().amax(-1)
         assert (distance < 0.01).float().mean() > 0.01
 
@@ -322,7 +322,7 @@ def test_slow_peers_are_left_out_and_not_tried_again():
 
 def test_peers_that_need_too_much_memory_are_left_out(monkeypatch):
     peer = candidate(carafe_naive, patches=(0.5, 1))
-    # all neighbours: 8*6*7 locations, 2*2 output pixels, 5*5 taps, 4 bytes each
+    # all neighbors: 8*6*7 locations, 2*2 output pixels, 5*5 taps, 4 bytes each
     patches = 8 * 6 * 7 * 4 * 25 * 4
     monkeypatch.setattr(upsampling, "available_memory", lambda device: patches)
     (skipped,) = left_out([peer])

@@ -142,7 +142,7 @@ def result(box, mask, boundary, seconds=0.5):
 def method(*results, parameters=1_234_567):
     return {
         "parameters": parameters,
-        "summary": compare.summarise(results),
+        "summary": compare.summarize(results),
         "seeds": dict(enumerate(results, start=1)),
     }
 
@@ -152,7 +152,7 @@ def cells(table):
 
 
 def test_summary_is_mean_and_sample_standard_deviation():
-    summary = compare.summarise([result(10, 1, 2, 0.5), result(12, 1, 2, 0.7), result(14, 1, 2)])
+    summary = compare.summarize([result(10, 1, 2, 0.5), result(12, 1, 2, 0.7), result(14, 1, 2)])
     assert summary["box AP"] == {"mean": 12, "std": 2}
     assert summary["mask AP"] == {"mean": 1, "std": 0}
     assert summary["s/iteration"] == pytest.approx(1.7 / 3)

@@ -42,7 +42,7 @@ def build(norm):
 
 @pytest.fixture(scope="module", params=["BN", "FrozenBN"])
 def norm(request):
-    """The normalisation of the backbone."""
+    """The normalization of the backbone."""
     return request.param
 
 

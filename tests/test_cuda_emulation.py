@@ -448,7 +448,7 @@ def test_a_weight_that_is_not_finite_stays_in_its_window(
     features, kernels, grad_output = case.inputs()
     operator = Operator(emulation)
     taps = case.kernel**2
-    for tap in (0, taps // 2, taps - 1):  # the corners and the centre
+    for tap in (0, taps // 2, taps - 1):  # the corners and the center
         for position in (0, -1):
             inputs = features, kernels.clone(), grad_output
             channel = tap * case.scale**2 if fused else tap

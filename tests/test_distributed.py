@@ -26,9 +26,9 @@ LAZY_CONFIG = ROOT / "configs" / "lazy" / "shapes_mask_rcnn_R18_FPN_carafe.py"
 
 # Whatever the processes share out among them, the losses of one process with the whole batch are
 # the mean of theirs with their parts only if nothing is sampled at random, if every image counts
-# alike, and if the statistics of normalisation do not cross images. So all anchors take part in the
+# alike, and if the statistics of normalization do not cross images. So all anchors take part in the
 # proposal network's losses, all become RoIs, and all RoIs are positive, for in `whole_image_boxes`
-# the one object of an image covers it all; group normalisation takes the place of the batch's.
+# the one object of an image covers it all; group normalization takes the place of the batch's.
 EVERYTHING_COUNTS = [
     *("MODEL.RESNETS.NORM", "GN", "MODEL.FPN.NORM", "", "MODEL.FPN.OUT_CHANNELS", "16"),
     *("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "[[1.0]]", "MODEL.RPN.NMS_THRESH", "1.0"),
@@ -44,7 +44,7 @@ EVERYTHING_COUNTS = [
     *("SOLVER.WARMUP_FACTOR", "1.0"),
     *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "3", "SOLVER.CHECKPOINT_PERIOD", "1"),
 ]
-# The quick start, small and short. Batch normalisation needs two images in each process.
+# The quick start, small and short. Batch normalization needs two images in each process.
 SMALL = [
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
     *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "20", "MODEL.RPN.POST_NMS_TOPK_TEST", "20"),

@@ -74,7 +74,7 @@ RUNNERS = {
     "tools/predict.py": "tests/test_predict.py",
     "tools/reproduce.py": "tests/test_reproduce.py",
     "tools/show_kernels.py": "tests/test_show_kernels.py",
-    "tools/visualise.py": "tests/test_visualise.py",
+    "tools/visualize.py": "tests/test_visualize.py",
 }
 
 # Programs whose commands run here, exactly as the pages give them: quick, and they write nothing.

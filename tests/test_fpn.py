@@ -83,7 +83,7 @@ def test_every_parameter_gets_a_gradient():
     assert [name for name, p in fpn.named_parameters() if p.grad is None] == []
 
 
-def test_initialisation_is_xavier_uniform_with_zero_biases():
+def test_initialization_is_xavier_uniform_with_zero_biases():
     weight = CarafeFPN(PooledImage(), list(CHANNELS), 256).fpn_output3.weight
     bound = (6 / (2 * 256 * 9)) ** 0.5
     assert 0.99 * bound < weight.abs().max() <= bound
@@ -113,7 +113,7 @@ def test_weights_of_detectron2s_pyramid_load():
 
 
 @pytest.mark.parametrize(("norm", "layer"), [("BN", nn.BatchNorm2d), ("GN", nn.GroupNorm)])
-def test_normalisation_replaces_biases(norm, layer):
+def test_normalization_replaces_biases(norm, layer):
     fpn = CarafeFPN(PooledImage(), list(CHANNELS), 32, norm=norm)
     assert isinstance(fpn.fpn_lateral6.norm, layer)
     assert fpn.fpn_lateral6.bias is None

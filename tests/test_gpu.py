@@ -191,7 +191,7 @@ def test_upsampler_trains_under_autocast(dtype, layout):
     pack = CARAFEPack(16, 2).to(DEVICE, memory_format=MEMORY_FORMATS[layout])
     x = torch.randn(2, 16, 12, 10).to(memory_format=MEMORY_FORMATS[layout]).to(DEVICE)
     target = torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear")
-    optimiser = torch.optim.Adam(pack.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(pack.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler(DEVICE, enabled=dtype == F16)
     losses = []
     for _ in range(30):
@@ -199,10 +199,10 @@ def test_upsampler_trains_under_autocast(dtype, layout):
             out = pack(x)
             assert out.dtype == x.dtype  # features pass as they are
             loss = (out - target).square().mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         scaler.scale(loss).backward()
         assert all(p.grad.dtype == F32 for p in pack.parameters())
-        scaler.step(optimiser)
+        scaler.step(optimizer)
         scaler.update()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
@@ -352,7 +352,7 @@ def test_device_that_is_not_the_current_one(operator, reference):
 @pytest.mark.parametrize("dtype", [F32, F16])
 @pytest.mark.parametrize("group", [1, 4])
 @SCALES
-def test_allocates_results_and_normalisers_only(operator, reference, scale, group, dtype, layout):
+def test_allocates_results_and_normalizers_only(operator, reference, scale, group, dtype, layout):
     """Neither masks nor a copy in another layout; a float for each group and output pixel."""
     case = of_layout(MEDIUM, layout, group=group, dtype=dtype, scale=scale)
     inputs = case.inputs(operator, DEVICE)
@@ -363,8 +363,8 @@ def test_allocates_results_and_normalisers_only(operator, reference, scale, grou
     peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
 
     n, _, h, w = found[0].shape
-    normalisers = n * group * h * w * F32.itemsize if operator is carafe_upsample else 0
-    assert peak <= sum(tensor.nbytes for tensor in found) + normalisers
+    normalizers = n * group * h * w * F32.itemsize if operator is carafe_upsample else 0
+    assert peak <= sum(tensor.nbytes for tensor in found) + normalizers
 
 
 # ------------------------------------------------------------------------- beyond 2^31 elements
@@ -417,7 +417,7 @@ LARGE_CASES = [  # output, masks and logits are beyond 2^31 elements; features; 
 
 
 def bytes_of_large_test(case: Case) -> int:
-    """Both inputs, the output, three gradients, normalisers, and a tenth for what tests them."""
+    """Both inputs, the output, three gradients, normalizers, and a tenth for what tests them."""
     n, c, h, w = case.shape
     pixels = n * h * w * case.scale**2
     features, kernels = n * c * h * w, case.group * case.kernel**2 * pixels

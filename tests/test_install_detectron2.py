@@ -256,7 +256,7 @@ GIT_AT = {"url": GIT["url"], "vcs_info": {**GIT["vcs_info"], "requested_revision
         (None, "git+https://host/d2", False),
     ],
 )
-def test_requirement_is_recognised_when_it_is_installed(site, source, requirement, same):
+def test_requirement_is_recognized_when_it_is_installed(site, source, requirement, same):
     add_metadata(site, "0.6", source)
     assert tool.is_installed_from(requirement) is same
 

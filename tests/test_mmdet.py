@@ -446,7 +446,7 @@ def test_modules_that_are_not_ours_are_named():
     "name", ["backbone.fpn_lateral2.norm.weight", "proposal_generator.centerness.bias"]
 )
 def test_modules_that_mmdetection_lacks_are_refused(name):
-    weights = build("faster_rcnn_R50_FPN_1x").state_dict()  # group normalisation, and a module
+    weights = build("faster_rcnn_R50_FPN_1x").state_dict()  # group normalization, and a module
     with pytest.raises(UserError, match=f"no place for {name}"):
         mmdet.to_mmdet({**weights, name: torch.rand(3)})
 
@@ -476,7 +476,7 @@ def test_other_files_are_not_taken_for_mmdetection(content):
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "meta": {}}])
-def test_bare_state_dicts_are_recognised_too(wrap):
+def test_bare_state_dicts_are_recognized_too(wrap):
     state_dict = {"neck.lateral_convs.0.conv.weight": torch.rand(1)}
     assert mmdet.find_state_dict(wrap(state_dict)) is state_dict
 

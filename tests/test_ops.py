@@ -431,7 +431,7 @@ with warnings.catch_warnings():  # some of these are prototypes, some on their w
     FOREIGN_INPUT = {
         "sparse features": ({"features": zeros(1, 4, 5, 5).to_sparse()}, "SparseCPU"),
         "sparse kernels": ({"kernels": zeros(1, 25, 10, 10).to_sparse()}, "SparseCPU"),
-        "quantised features": (
+        "quantized features": (
             {"features": torch.quantize_per_tensor(zeros(1, 4, 5, 5), 1.0, 0, torch.quint8)},
             "QuantizedCPU",
         ),

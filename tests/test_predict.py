@@ -175,10 +175,10 @@ def test_unreadable_images_are_named_and_the_others_predicted(run, folder, tmp_p
     assert image == {"id": 3, "file_name": good.name, "height": 64, "width": 64}
 
 
-def test_grey_and_transparent_images_are_read_as_rgb(tmp_path):
-    Image.new("L", (8, 6), 77).save(tmp_path / "grey.png")
+def test_gray_and_transparent_images_are_read_as_rgb(tmp_path):
+    Image.new("L", (8, 6), 77).save(tmp_path / "gray.png")
     Image.new("RGBA", (8, 6), (1, 2, 3, 100)).save(tmp_path / "clear.png")
-    assert (inference.read_image(tmp_path / "grey.png") == np.full((6, 8, 3), 77)).all()
+    assert (inference.read_image(tmp_path / "gray.png") == np.full((6, 8, 3), 77)).all()
     assert inference.read_image(tmp_path / "clear.png")[0, 0].tolist() == [1, 2, 3]
 
 

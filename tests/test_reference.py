@@ -40,7 +40,7 @@ def test_carafe_naive_is_the_formula(kernel_size, group_size, scale_factor):
 
 
 @pytest.mark.parametrize(("group_size", "scale_factor"), [(1, 2), (2, 3), (2, 1)])
-def test_carafe_upsample_naive_shuffles_normalises_reassembles(group_size, scale_factor):
+def test_carafe_upsample_naive_shuffles_normalizes_reassembles(group_size, scale_factor):
     torch.manual_seed(0)
     k, s = 3, scale_factor
     features = torch.randn(2, 4, 3, 5, dtype=torch.float64)
@@ -52,7 +52,7 @@ def test_carafe_upsample_naive_shuffles_normalises_reassembles(group_size, scale
 
 
 def test_constant_features_stay_constant_inside():
-    """Normalised kernels sum to one, so only the zeros around the map change a constant."""
+    """Normalized kernels sum to one, so only the zeros around the map change a constant."""
     logits = torch.randn(1, 9 * 4, 6, 7)
     out = carafe_upsample_naive(torch.full((1, 2, 6, 7), 3.0), logits, 3, 1, 2)
     torch.testing.assert_close(out[..., 2:-2, 2:-2], torch.full((1, 2, 8, 10), 3.0))

@@ -79,7 +79,7 @@ def reasons(report):
 
 
 def as_nearest(model):
-    """Sets every CARAFEPack to nearest neighbours: all weight on the middle of its kernel."""
+    """Sets every CARAFEPack to nearest neighbors: all weight on the middle of its kernel."""
     packs = [module for module in model.modules() if isinstance(module, CARAFEPack)]
     for pack in packs:
         nn.init.zeros_(pack.content_encoder.weight)
@@ -263,7 +263,7 @@ def pyramid():
 
 @pytest.mark.parametrize("size", [(40, 64), (50, 37), (33, 49)], ids=str)
 def test_torchvision_pyramid_of_any_size_stays_aligned(size):
-    """25 rows from 13: cut off at the end, CARAFE looks where nearest neighbours look."""
+    """25 rows from 13: cut off at the end, CARAFE looks where nearest neighbors look."""
     model, x = pyramid(), pyramid_inputs(*size)
     expected = model(x)
     report = replace_upsampling(model, pyramid_inputs(50, 64))

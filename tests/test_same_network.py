@@ -271,7 +271,7 @@ class Published:
 
 
 def paste_by_edges(mask, box, height, width):
-    """The mask's values at the centres of the image's pixels, bilinear, zero outside, >= 0.5."""
+    """The mask's values at the centers of the image's pixels, bilinear, zero outside, >= 0.5."""
     x1, y1, x2, y2 = box.tolist()
     x = (torch.arange(width) + 0.5 - x1) / (x2 - x1) * 28 - 0.5
     y = (torch.arange(height) + 0.5 - y1) / (y2 - y1) * 28 - 0.5
@@ -320,7 +320,7 @@ def run(request):
     return model, published, ours, theirs
 
 
-def test_normalised_and_padded_image(run):
+def test_normalized_and_padded_image(run):
     _, _, ours, theirs = run
     torch.testing.assert_close(ours["image"], theirs["image"])
 
@@ -430,7 +430,7 @@ def test_levels_that_boxes_are_pooled_from(run):
 
 
 def test_resized_image():
-    """Same size but for a pixel in rare cases, and the same picture to one grey level."""
+    """Same size but for a pixel in rare cases, and the same picture to one gray level."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(100, 641, (2000, 2)).tolist()
     different = 0

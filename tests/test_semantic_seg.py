@@ -67,7 +67,7 @@ def test_weights_of_the_stock_head_load():
 
 
 def test_every_step_of_two_is_a_carafe_of_its_own():
-    """The head written out: convolution, group normalisation, ReLU, CARAFE, level by level."""
+    """The head written out: convolution, group normalization, ReLU, CARAFE, level by level."""
     torch.manual_seed(0)
     head, x = build(), features()
     for module in head.modules():
@@ -174,7 +174,7 @@ def tiny_model(architecture):
 
 
 def image(height, width):
-    """Class 1 above class 2, the lower half's left an object; the last columns are not labelled."""
+    """Class 1 above class 2, the lower half's left an object; the last columns are not labeled."""
     pixels = torch.zeros(3, height, width)
     pixels[:, : height // 2] = 255.0
     target = torch.full((height, width), 2)

@@ -154,9 +154,9 @@ def test_innermost_point_of_a_ring_is_in_the_ring():
     points = show_kernels.innermost_points(instances, 2)
     assert points == [(40, 30), (6, 5)]
     instances.pred_masks = torch.from_numpy(np.stack([mask * 0, mask, mask])).bool()
-    (x, y), centre = show_kernels.innermost_points(instances, 2)
+    (x, y), center = show_kernels.innermost_points(instances, 2)
     assert abs(np.hypot(x - 40, y - 30) - 20) < 2
-    assert centre == (6, 5)  # no mask, hence the box
+    assert center == (6, 5)  # no mask, hence the box
 
 
 # --- picture ------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_picture_shows_kernels_and_their_accumulation_in_place(upsamplings, imag
     kernel = panel_of(figure, "p3 to p2")
     _, heat = kernel.get_images()
     np.testing.assert_array_equal(heat.get_array(), steps[0].kernel(13, 40))
-    # Cells of p3 are 3 pixels here; the kernel is centred on row 6, column 20.
+    # Cells of p3 are 3 pixels here; the kernel is centered on row 6, column 20.
     assert tuple(heat.get_extent()) == (54, 69, 27, 12)
     numbers = [text.get_text() for text in kernel.texts]
     shown = [f"{w:.2f}".removeprefix("0") for w in steps[0].kernel(13, 40).ravel() if w >= 0.005]

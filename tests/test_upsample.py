@@ -27,14 +27,14 @@ def test_pack_is_compress_encode_shuffle_softmax_reassemble():
 
     kernels = F.pixel_shuffle(pack.content_encoder(pack.channel_compressor(x)), 2)
     kernels = kernels.view(2, 2, 9, 14, 10).softmax(dim=2)
-    neighbours = F.unfold(x, 3, padding=1).view(2, 2, 4, 9, 7, 5)
-    neighbours = neighbours.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
-    expected = (neighbours * kernels.unsqueeze(2)).sum(dim=3).view(2, 8, 14, 10)
+    neighbors = F.unfold(x, 3, padding=1).view(2, 2, 4, 9, 7, 5)
+    neighbors = neighbors.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
+    expected = (neighbors * kernels.unsqueeze(2)).sum(dim=3).view(2, 8, 14, 10)
 
     torch.testing.assert_close(pack(x), expected)
 
 
-def test_pack_initialisation_is_the_published_one():
+def test_pack_initialization_is_the_published_one():
     pack = CARAFEPack(256, 2)
     bound = (6 / (256 + 64)) ** 0.5  # Xavier-uniform
     weight = pack.channel_compressor.weight

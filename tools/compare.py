@@ -294,7 +294,7 @@ def run_all(runs: list[Run], jobs: int, threads: int | None, annotation_file: st
 # --- report -------------------------------------------------------------------------------------
 
 
-def summarise(results: list[dict]) -> dict:
+def summarize(results: list[dict]) -> dict:
     """Mean and sample standard deviation of each metric over the seeds of a method.
 
     Args:
@@ -336,15 +336,15 @@ def plot(methods: dict[str, dict], path: Path) -> None:
     figure, panels = plt.subplots(1, len(METRICS), figsize=(10, height), sharey=True)
     for panel, metric in zip(panels, METRICS, strict=True):
         for row, (name, method) in enumerate(methods.items()):
-            colour = "tab:red" if name == "carafe" else "tab:blue"
+            color = "tab:red" if name == "carafe" else "tab:blue"
             summary = method["summary"][metric]
             values = [result[metric] for result in method["seeds"].values()]
-            panel.plot(values, [row + 0.18] * len(values), "o", color=colour, alpha=0.4, ms=5)
+            panel.plot(values, [row + 0.18] * len(values), "o", color=color, alpha=0.4, ms=5)
             panel.errorbar(
                 *(summary["mean"], row - 0.12),
                 xerr=summary["std"],
                 fmt="D",
-                color=colour,
+                color=color,
                 ms=6,
                 capsize=4,
             )
@@ -504,7 +504,7 @@ def make_report(args: argparse.Namespace, cfg: CfgNode, runs: list[Run]) -> dict
         if seeds:
             methods[method] = {
                 "parameters": count_parameters(cfg, method),
-                "summary": summarise(list(seeds.values())),
+                "summary": summarize(list(seeds.values())),
                 "seeds": seeds,
             }
     command = shlex.join(["python", "tools/compare.py", *sys.argv[1:]])

@@ -3,7 +3,7 @@
 
 The figures are counted on the modules themselves, per location of the input map, as the paper
 counts (arXiv 1905.02188, sections 3.4 and 4): a multiplication and an addition are two operations,
-a bias is one more weight, and kernel normalisation is free. PyTorch's own counter leaves biases
+a bias is one more weight, and kernel normalization is free. PyTorch's own counter leaves biases
 and interpolation out; its figure is printed beside.
 
 Example:

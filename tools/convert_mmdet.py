@@ -7,8 +7,8 @@ Examples:
     python tools/convert_mmdet.py published_in_2019.pth for_mmdet_3.pth --to mmdet --layout 3.x
 
 Detectron2's own checkpointer reads what is written for it. What only MMDetection has (class names
-and other meta information, the counters of batch normalisation, and the background's rows in 1.x)
-is kept under the key "mmdet" of that file for the way back. Optimisers and the like are left out.
+and other meta information, the counters of batch normalization, and the background's rows in 1.x)
+is kept under the key "mmdet" of that file for the way back. Optimizers and the like are left out.
 """
 
 import argparse

@@ -389,7 +389,7 @@ class __legacy__:
 def fetch_sdist(folder: Path) -> Path:
     """Downloads the source archive into `folder` with pip, which checks its hash.
 
-    Going through pip honours the user's mirrors, proxies and credentials. But even to download an
+    Going through pip honors the user's mirrors, proxies and credentials. But even to download an
     archive pip has its build backend make its metadata: here that means to run a setup.py which
     imports torch, and which names an optional dependency by URL, for which pip 26 refuses the
     archive. We want neither, so a stand-in for setuptools answers pip, and no code of the archive

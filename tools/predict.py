@@ -205,7 +205,7 @@ def draw(
         instances: what is drawn.
         metadata: names of the classes.
         width: of the picture; default: that of the image.
-        seed: determines the colours, which the visualizer draws by lot.
+        seed: determines the colors, which the visualizer draws by lot.
 
     Returns:
         RGB, (height, width, 3), uint8.
@@ -302,7 +302,7 @@ class VideoFile:
         return self
 
     def write(self, frame: np.ndarray) -> None:
-        # The codec halves the colours' resolution and drops what is odd of the sides.
+        # The codec halves the colors' resolution and drops what is odd of the sides.
         height, width = frame.shape[:2]
         frame = cv2.copyMakeBorder(frame, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
         if self._writer is None:
@@ -327,7 +327,7 @@ def predict_video(predictor: Predictor, file: Path, output: Path, args) -> None:
     """
     frames, frames_per_second, count = frames_of(file)
     progress = tqdm(frames, total=count, unit="frame", desc=file.name)
-    visualizer = VideoVisualizer(predictor.metadata)  # an object keeps its colour
+    visualizer = VideoVisualizer(predictor.metadata)  # an object keeps its color
     results: list[dict] = []
     number = itertools.count()
     try:
@@ -426,7 +426,7 @@ def main():
     try:
         for file, image, instances in images.run(args.batch_size) if ids else ():
             if not args.no_images:
-                seed = zlib.crc32(file.name.encode())  # the same colours in every run
+                seed = zlib.crc32(file.name.encode())  # the same colors in every run
                 drawn = draw(image, instances, predictor.metadata, args.width, seed)
                 save_image(outputs[file], drawn)
     finally:

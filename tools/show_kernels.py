@@ -178,7 +178,7 @@ def parse_point(text: str) -> tuple[int, int]:
 def innermost_points(instances: Instances, number: int) -> list[tuple[int, int]]:
     """For the detections of the highest scores the point of their mask farthest from its border.
 
-    Without masks, the centre of the box. Points are (x, y) in pixels.
+    Without masks, the center of the box. Points are (x, y) in pixels.
     """
     points = []
     height, width = instances.image_size
@@ -215,7 +215,7 @@ def locate(
 # --- drawing ------------------------------------------------------------------------------------
 
 # From transparent to red, so that the image shows where there is no weight.
-COLOURS = ListedColormap(
+COLORS = ListedColormap(
     np.c_[
         matplotlib.colormaps["YlOrRd"](np.linspace(0.15, 0.9, 256))[:, :3],
         np.linspace(0, 1, 256) ** 0.4,
@@ -247,12 +247,12 @@ def show_weights(
         weights: (rows, columns) of cells of a feature map.
         corner: (x, y) of the first cell's upper left corner in pixels of the image.
         cell: size (x, y) of a cell in pixels of the image.
-        top: the weight at the end of the colour scale.
+        top: the weight at the end of the color scale.
     """
     show_image(panel, 255 - (255 - image) // 3)
     (left, upper), (right, lower) = corner, corner + cell * weights.shape[::-1]
     extent = (left, right, lower, upper)
-    panel.imshow(weights, COLOURS, vmin=0, vmax=top, extent=extent, interpolation="nearest")
+    panel.imshow(weights, COLORS, vmin=0, vmax=top, extent=extent, interpolation="nearest")
     panel.set(xlim=(left, right), ylim=(lower, upper))
 
 
@@ -292,8 +292,8 @@ def show_kernel(
         text = f"{weight:.2f}".removeprefix("0")
         if text != ".00":
             x, y = (first + np.array([j, i]) + 0.5) * cell
-            colour = "white" if weight > 0.6 * top else "black"
-            panel.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
+            color = "white" if weight > 0.6 * top else "black"
+            panel.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
 
 
 def mark(panel: Axes, point: tuple[int, int], size: float) -> None:
@@ -303,11 +303,11 @@ def mark(panel: Axes, point: tuple[int, int], size: float) -> None:
 
 
 def show_scale(panel: Axes, top: float, label: str) -> None:
-    """Draws the colour scale from 0 to ``top``, somewhat narrower than the panel."""
+    """Draws the color scale from 0 to ``top``, somewhat narrower than the panel."""
     panel.set_axis_off()
     inset = panel.inset_axes((0.06, 0, 0.88, 1))
-    colours = ScalarMappable(Normalize(0, top), COLOURS)
-    panel.figure.colorbar(colours, inset, orientation="horizontal", label=label)
+    colors = ScalarMappable(Normalize(0, top), COLORS)
+    panel.figure.colorbar(colors, inset, orientation="horizontal", label=label)
 
 
 @matplotlib.rc_context(FONT_SIZES)

@@ -133,27 +133,27 @@ def _place(rng: np.random.Generator, outlines: list[np.ndarray], size: int) -> l
     squeeze = np.array([1.0, rng.uniform(0.7, 1.0)])
     angle = rng.uniform(0, 2 * np.pi)
     cos, sin = np.cos(angle), np.sin(angle)
-    centre = size * rng.uniform(0.15, 0.85, 2)
-    return [o * radius * squeeze @ [[cos, sin], [-sin, cos]] + centre for o in outlines]
+    center = size * rng.uniform(0.15, 0.85, 2)
+    return [o * radius * squeeze @ [[cos, sin], [-sin, cos]] + center for o in outlines]
 
 
 def _coverage(outlines: list[np.ndarray], size: int) -> np.ndarray:
     """Returns the share of each pixel that the shape covers: uint8 (size, size), 255 for all."""
     shift = 4  # fractional bits of OpenCV's fixed-point coordinates
     canvas = np.zeros((size * SUPERSAMPLE, size * SUPERSAMPLE), np.uint8)
-    # OpenCV has its origin in the centre of the first pixel, COCO in its corner.
+    # OpenCV has its origin in the center of the first pixel, COCO in its corner.
     points = [np.rint((o * SUPERSAMPLE - 0.5) * 2**shift).astype(np.int32) for o in outlines]
     cv2.fillPoly(canvas, points, 255, shift=shift)
     return cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
 
 
-# --- Colours and textures ---
+# --- Colors and textures ---
 
 
-def _contrasting_colour(rng: np.random.Generator, colours: list[np.ndarray]) -> np.ndarray:
-    """Returns the one of a few random colours that is farthest from all given ones."""
+def _contrasting_color(rng: np.random.Generator, colors: list[np.ndarray]) -> np.ndarray:
+    """Returns the one of a few random colors that is farthest from all given ones."""
     candidates = rng.uniform(0.05, 0.95, (6, 3))
-    distances = np.linalg.norm(candidates[:, None] - np.array(colours)[None], axis=2)
+    distances = np.linalg.norm(candidates[:, None] - np.array(colors)[None], axis=2)
     return candidates[distances.min(axis=1).argmax()]
 
 
@@ -178,13 +178,13 @@ def _pattern(rng: np.random.Generator, height: int, width: int, size: int) -> np
 
 
 def _texture(
-    rng: np.random.Generator, colour: np.ndarray, height: int, width: int, size: int
+    rng: np.random.Generator, color: np.ndarray, height: int, width: int, size: int
 ) -> np.ndarray:
-    """Returns a pattern between `colour` and a similar one: float (height, width, 3)."""
-    towards = rng.normal(size=3)
-    other = colour + rng.uniform(0.05, 0.25) * towards / np.linalg.norm(towards)
+    """Returns a pattern between `color` and a similar one: float (height, width, 3)."""
+    toward = rng.normal(size=3)
+    other = color + rng.uniform(0.05, 0.25) * toward / np.linalg.norm(toward)
     pattern = _pattern(rng, height, width, size)[..., None]
-    return (colour + pattern * (other - colour)).astype(np.float32)
+    return (color + pattern * (other - color)).astype(np.float32)
 
 
 # --- One image ---
@@ -206,8 +206,8 @@ def render(spec: ShapesSpec, index: int) -> tuple[np.ndarray, list[tuple[str, np
     """
     rng = np.random.default_rng([spec.seed, SPLITS.index(spec.split), index])
     size = spec.size
-    colours = [rng.uniform(0.05, 0.95, 3)]
-    image = _texture(rng, colours[0], size, size, size)
+    colors = [rng.uniform(0.05, 0.95, 3)]
+    image = _texture(rng, colors[0], size, size, size)
     categories: list[str] = []
     masks: list[np.ndarray] = []
     needed: list[float] = []  # pixels that must stay visible
@@ -229,11 +229,11 @@ def render(spec: ShapesSpec, index: int) -> tuple[np.ndarray, list[tuple[str, np
         categories.append(category)
         masks = [*remaining, mask]
         needed.append(need)
-        colours.append(_contrasting_colour(rng, colours))
+        colors.append(_contrasting_color(rng, colors))
         x, y, w, h = cv2.boundingRect(coverage)
         alpha = coverage[y : y + h, x : x + w, None] / np.float32(255)
         patch = image[y : y + h, x : x + w]
-        patch += alpha * (_texture(rng, colours[-1], h, w, size) - patch)
+        patch += alpha * (_texture(rng, colors[-1], h, w, size) - patch)
     grain = rng.uniform(0, 0.03) * rng.standard_normal(image.shape, np.float32)
     pixels = np.rint(255 * np.clip(image + grain, 0, 1)).astype(np.uint8)
     return pixels, list(zip(categories, masks, strict=True))
@@ -249,7 +249,7 @@ def mask_to_coco(mask: np.ndarray) -> list[list[int]] | dict:
         A list of polygons [x0, y0, x1, y1, ...] along the pixels' outer edges, or a dict with
         `size` and compressed `counts`.
     """
-    # OpenCV's contours run through the centres of border pixels, which would cut half a pixel off.
+    # OpenCV's contours run through the centers of border pixels, which would cut half a pixel off.
     # At twice the size pixel i is the pair 2i, 2i+1, and (c + 1) // 2 puts each on its outer edge.
     doubled = mask.astype(np.uint8).repeat(2, axis=0).repeat(2, axis=1)
     contours, hierarchy = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)

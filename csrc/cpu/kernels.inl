@@ -451,7 +451,7 @@ struct Weights {
     }
   }
 
-  // The kernels of source pixels w to w + count, normalised if they are logits.
+  // The kernels of source pixels w to w + count, normalized if they are logits.
   void load(const Kernels& kernels, const Row& row, int64_t w, int64_t count) const {
     for_matrices(kernels, row, w, [&](A* buffer, int64_t buffer_row, const Matrix& m, int64_t n) {
       load_matrix(buffer, buffer_row, m, n, count);
@@ -480,8 +480,8 @@ struct Weights {
       sum += power;
       store(at(t, p), power);
     }
-    const Vector<A> normaliser = 1 / sum;
-    for (int64_t t = 0; t < taps; ++t) store(at(t, p), load(at(t, p)) * normaliser);
+    const Vector<A> normalizer = 1 / sum;
+    for (int64_t t = 0; t < taps; ++t) store(at(t, p), load(at(t, p)) * normalizer);
   }
 };
 
@@ -641,7 +641,7 @@ size_t forward(const Shape& shape, const Map& features, const Kernels& kernels, 
 // Both gradients in one pass over the source rows; either of them may be missing.
 //
 // A row of the feature gradient takes its contributions from the source rows in ascending order,
-// whichever thread does it. At both ends of a range, threads visit rows of their neighbours for
+// whichever thread does it. At both ends of a range, threads visit rows of their neighbors for
 // those taps only that reach into their own.
 template <typename A>
 size_t backward(const Shape& shape, const Map& grad_output, const Map& features,

@@ -19,16 +19,16 @@
 
 namespace carafe_d2 {
 
-// There are specialised kernels for all but float64.
+// There are specialized kernels for all but float64.
 template <typename Types>
-constexpr bool kSpecialised = sizeof(typename Types::Feature) < sizeof(double);
+constexpr bool kSpecialized = sizeof(typename Types::Feature) < sizeof(double);
 
 template <typename Launcher>
 void forward(Launcher& launcher, const Shape& shape, const Map& features, const Kernels& kernels,
              const Map& output) {
   with_types(features, kernels, [&](auto types) {
     using Types = decltype(types);
-    if constexpr (kSpecialised<Types>) {
+    if constexpr (kSpecialized<Types>) {
       using T = typename Types::Feature;
       if (shape.channels_last
               ? channels_last::forward<T>(launcher, shape, features, kernels, output)
@@ -46,7 +46,7 @@ void backward(Launcher& launcher, const Shape& shape, const Map& grad_output, co
               const Kernels& kernels, const Map* grad_features, const Kernels* grad_kernels) {
   with_types(features, kernels, [&](auto types) {
     using Types = decltype(types);
-    if constexpr (kSpecialised<Types>) {
+    if constexpr (kSpecialized<Types>) {
       using T = typename Types::Feature;
       if (shape.channels_last ? channels_last::backward<T>(launcher, shape, grad_output, features,
                                                            kernels, grad_features, grad_kernels)

@@ -75,11 +75,11 @@ struct Tile {
   }
 };
 
-// Where the subpixels of a pass are in an output map: two pairs of neighbours, which are in one row
+// Where the subpixels of a pass are in an output map: two pairs of neighbors, which are in one row
 // or, if the scale is 2, in two.
 struct Pass {
   int first;           // from the first pixel of the location
-  int column, second;  // from the first one of the pass: its neighbour, the other pair
+  int column, second;  // from the first one of the pass: its neighbor, the other pair
 
   __device__ __forceinline__ Pass(const Shape& shape, const Map& map, int pass)
       : column(static_cast<int>(map.column)) {
@@ -150,7 +150,7 @@ struct Area {
 
 // The weights of an area in shared memory: rows of steps, where a step is a pass of a column.
 //
-// Neighbours begin in different banks, since k * k is one more than a multiple of eight; and so do
+// Neighbors begin in different banks, since k * k is one more than a multiple of eight; and so do
 // rows, since kPitch is odd.
 template <int k, int kSteps>
 struct Weights {

@@ -1,6 +1,6 @@
 // CUDA kernels for contiguous maps, kernel sizes 3, 5, 7 and even scales.
 //
-// Lanes are source locations. Neighbouring lanes have neighbouring columns, so whatever they read
+// Lanes are source locations. Neighboring lanes have neighboring columns, so whatever they read
 // or write coalesces, and every lane works on kernels of its own. A thread handles P of the s * s
 // subpixels of its location at a time, in passes.
 //

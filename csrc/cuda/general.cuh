@@ -1,4 +1,4 @@
-// CUDA kernels for everything that the specialised ones leave out: float64, odd scales, any kernel
+// CUDA kernels for everything that the specialized ones leave out: float64, odd scales, any kernel
 // size, any alignment.
 //
 // A thread owns what it writes (output values, feature gradients, or the kernel gradients of one
@@ -65,9 +65,9 @@ __device__ __forceinline__ A log_sum_exp(const K* taps, int64_t count, int64_t s
 }
 
 template <typename A, typename K>
-__device__ __forceinline__ A weight_of(const Kernels& kernels, const K* tap, A normaliser) {
+__device__ __forceinline__ A weight_of(const Kernels& kernels, const K* tap, A normalizer) {
   const A value = to_float(*tap);
-  return kernels.softmax ? exponential(value - normaliser) : value;
+  return kernels.softmax ? exponential(value - normalizer) : value;
 }
 
 // The channels of one thread: `first`, `first + step`, ... below `count`. In channels last adjacent
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Channels channels = channels_at(shape, pixels, index);
     const Pixel pixel = pixel_at(shape, channels.item);
     const K* taps = static_cast<const K*>(kernels.data) + pixel_offset(kernels, pixel);
-    const A normaliser = kernels.softmax ? log_sum_exp<A>(taps, shape.taps(), kernels.tap) : A(0);
+    const A normalizer = kernels.softmax ? log_sum_exp<A>(taps, shape.taps(), kernels.tap) : A(0);
     const T* source = static_cast<const T*>(features.data) + pixel.n * features.batch +
                       pixel.g * shape.group_channels() * features.channel;
     A sum[kChannels] = {};
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int64_t x = pixel.w + v - radius;
         if (x < 0 || x >= shape.width) continue;
         const A weight =
-            weight_of<A>(kernels, taps + (u * shape.kernel + v) * kernels.tap, normaliser);
+            weight_of<A>(kernels, taps + (u * shape.kernel + v) * kernels.tap, normalizer);
         const T* location = source + y * features.row + x * features.column;
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) {
@@ -128,15 +128,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// Normalisers of the softmax, one for each group and output pixel, for the two kernels below.
+// Normalizers of the softmax, one for each group and output pixel, for the two kernels below.
 template <typename A, typename K>
 __global__ void __launch_bounds__(kThreads, 1)
-    normaliser_kernel(Shape shape, Kernels kernels, A* normalisers) {
+    normalizer_kernel(Shape shape, Kernels kernels, A* normalizers) {
   for (int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; index < pixel_count(shape);
        index += int64_t(gridDim.x) * blockDim.x) {
     const K* taps =
         static_cast<const K*>(kernels.data) + pixel_offset(kernels, pixel_at(shape, index));
-    normalisers[index] = log_sum_exp<A>(taps, shape.taps(), kernels.tap);
+    normalizers[index] = log_sum_exp<A>(taps, shape.taps(), kernels.tap);
   }
 }
 
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 // thread computes one location of up to kChannels channels.
 template <typename A, typename T, typename K>
 __global__ void __launch_bounds__(kThreads, 1)
-    backward_features_kernel(Shape shape, Map grad_output, Kernels kernels, const A* normalisers,
+    backward_features_kernel(Shape shape, Map grad_output, Kernels kernels, const A* normalizers,
                              Map grad_features) {
   const int64_t locations = shape.batch * shape.groups * shape.height * shape.width;
   const int64_t threads = locations * channel_blocks(shape), radius = shape.radius();
@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(kThreads, 1)
           const Pixel pixel{n, g, h, w, p / shape.scale, p % shape.scale};
           const K* tap = static_cast<const K*>(kernels.data) + pixel_offset(kernels, pixel) +
                          (u * shape.kernel + v) * kernels.tap;
-          const A normaliser = kernels.softmax ? normalisers[index_of(shape, pixel)] : A(0);
-          const A weight = weight_of<A>(kernels, tap, normaliser);
+          const A normalizer = kernels.softmax ? normalizers[index_of(shape, pixel)] : A(0);
+          const A weight = weight_of<A>(kernels, tap, normalizer);
           const T* source =
               static_cast<const T*>(grad_output.data) + output_offset(shape, grad_output, pixel);
 #pragma unroll
@@ -214,13 +214,13 @@ __device__ __forceinline__ A weight_gradient(const Shape& shape, const Map& grad
 template <typename A, typename T, typename K>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_kernels_kernel(Shape shape, Map grad_output, Map features, Kernels kernels,
-                            const A* normalisers, Kernels grad_kernels) {
+                            const A* normalizers, Kernels grad_kernels) {
   for (int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; index < pixel_count(shape);
        index += int64_t(gridDim.x) * blockDim.x) {
     const Pixel pixel = pixel_at(shape, index);
     const K* taps = static_cast<const K*>(kernels.data) + pixel_offset(kernels, pixel);
     K* grad_taps = static_cast<K*>(grad_kernels.data) + pixel_offset(grad_kernels, pixel);
-    const A normaliser = kernels.softmax ? normalisers[index] : A(0);
+    const A normalizer = kernels.softmax ? normalizers[index] : A(0);
     A cache[kCachedTaps];
     A sum = 0;
     if (kernels.softmax) {
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int u = 0; u < shape.kernel; ++u) {
         for (int v = 0; v < shape.kernel; ++v, ++t) {
           const A gradient = weight_gradient<A, T>(shape, grad_output, features, pixel, u, v);
-          sum += weight_of<A>(kernels, taps + t * kernels.tap, normaliser) * gradient;
+          sum += weight_of<A>(kernels, taps + t * kernels.tap, normalizer) * gradient;
           if (t < kCachedTaps) cache[t] = gradient;
         }
       }
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                          ? cache[t]
                          : weight_gradient<A, T>(shape, grad_output, features, pixel, u, v);
         if (kernels.softmax) {
-          gradient = weight_of<A>(kernels, taps + t * kernels.tap, normaliser) * (gradient - sum);
+          gradient = weight_of<A>(kernels, taps + t * kernels.tap, normalizer) * (gradient - sum);
         }
         from_float(gradient, grad_taps[t * grad_kernels.tap]);
       }
@@ -254,15 +254,15 @@ inline dim3 grid(int64_t threads) {
       static_cast<unsigned>(std::min<int64_t>((threads + kThreads - 1) / kThreads, INT32_MAX)));
 }
 
-// Normalisers of the softmax, one for each group and output pixel; null without a softmax.
+// Normalizers of the softmax, one for each group and output pixel; null without a softmax.
 template <typename Types, typename Launcher>
-typename Types::Accumulation* normalisers(Launcher& launcher, const Shape& shape,
+typename Types::Accumulation* normalizers(Launcher& launcher, const Shape& shape,
                                           const Kernels& kernels) {
   using A = typename Types::Accumulation;
   if (!kernels.softmax) return nullptr;
   const int64_t pixels = pixel_count(shape);
   A* result = static_cast<A*>(launcher.temporary(pixels * sizeof(A)));
-  launcher.launch(normaliser_kernel<A, typename Types::Kernel>, grid(pixels), kThreads, shape,
+  launcher.launch(normalizer_kernel<A, typename Types::Kernel>, grid(pixels), kThreads, shape,
                   kernels, result);
   return result;
 }
@@ -282,15 +282,15 @@ void backward(Launcher& launcher, const Shape& shape, const Map& grad_output, co
   using A = typename Types::Accumulation;
   using T = typename Types::Feature;
   using K = typename Types::Kernel;
-  const A* normaliser = normalisers<Types>(launcher, shape, kernels);
+  const A* normalizer = normalizers<Types>(launcher, shape, kernels);
   if (grad_features) {
     const int64_t locations = shape.batch * shape.groups * shape.height * shape.width;
     launcher.launch(backward_features_kernel<A, T, K>, grid(locations * channel_blocks(shape)),
-                    kThreads, shape, grad_output, kernels, normaliser, *grad_features);
+                    kThreads, shape, grad_output, kernels, normalizer, *grad_features);
   }
   if (grad_kernels) {
     launcher.launch(backward_kernels_kernel<A, T, K>, grid(pixel_count(shape)), kThreads, shape,
-                    grad_output, features, kernels, normaliser, *grad_kernels);
+                    grad_output, features, kernels, normalizer, *grad_kernels);
   }
 }
 

@@ -78,7 +78,7 @@ inline uint3 index_at(unsigned number, const dim3& size) {
   return {number % size.x, number / size.x % size.y, number / size.x / size.y};
 }
 
-// Counts the synchronisations of a launch. What threads do between two of them has the same time.
+// Counts the synchronizations of a launch. What threads do between two of them has the same time.
 using Time = uint32_t;
 
 constexpr int kBallot = -1;  // the source of a vote: one bit of every lane
@@ -165,7 +165,7 @@ class Block {
   }
 
   // Waits for all threads of the block.
-  void synchronise(const Place& place) {
+  void synchronize(const Place& place) {
     begin_wait({"__syncthreads()", place});
     if (++arrived_ == threads_.size()) {
       for (const Thread& thread : threads_) {

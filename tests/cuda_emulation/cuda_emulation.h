@@ -98,7 +98,7 @@ inline unsigned vote(const char* operation, const Place& place, unsigned mask, b
 }  // namespace cuda_emulation
 
 inline void __syncthreads(cuda_emulation::Place place = cuda_emulation::Place::here()) {
-  cuda_emulation::Block::current().synchronise(place);
+  cuda_emulation::Block::current().synchronize(place);
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu,

@@ -17,7 +17,7 @@ constexpr size_t kMostSharedBytes = 48 * 1024;  // that a block gets without ask
 // The last write to an element of a shared array, and the reads since then.
 //
 // Reads by lanes of one warp have one time, that of the earliest. That may hide a race where parts
-// of a warp synchronise and overlap; it never makes one up.
+// of a warp synchronize and overlap; it never makes one up.
 struct Element {
   Time written = 0, read = 0;
   uint16_t writer = 0, reader = 0;

@@ -124,15 +124,15 @@ def random_instances(cfg: CfgNode, size: tuple[int, int]) -> Instances:
     generator = torch.Generator().manual_seed(SEED)
     extent = torch.tensor([size[1], size[0]])
     radii = extent * (1 / 12 + torch.rand(OBJECTS, 2, generator=generator) / 6)
-    centres = radii + (extent - 2 * radii) * torch.rand(OBJECTS, 2, generator=generator)
+    centers = radii + (extent - 2 * radii) * torch.rand(OBJECTS, 2, generator=generator)
     angles = torch.linspace(0, 2 * math.pi, 33)[:-1]
     circle = torch.stack([angles.cos(), angles.sin()], dim=1)
     polygons = [
-        [(centre + radius * circle).flatten().double().numpy()]
-        for centre, radius in zip(centres, radii, strict=True)
+        [(center + radius * circle).flatten().double().numpy()]
+        for center, radius in zip(centers, radii, strict=True)
     ]
     instances = Instances(size)
-    instances.gt_boxes = Boxes(torch.cat([centres - radii, centres + radii], dim=1))
+    instances.gt_boxes = Boxes(torch.cat([centers - radii, centers + radii], dim=1))
     instances.gt_classes = torch.arange(OBJECTS) % cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if cfg.MODEL.MASK_ON:
         bitmask = cfg.INPUT.MASK_FORMAT == "bitmask"
@@ -143,9 +143,9 @@ def random_instances(cfg: CfgNode, size: tuple[int, int]) -> Instances:
 
 
 def steady_residuals(model: nn.Module) -> None:
-    """Keeps activations finite, which random weights do not under frozen batch normalisation.
+    """Keeps activations finite, which random weights do not under frozen batch normalization.
 
-    Every residual block would double their variance; with a small scale in its last normalisation
+    Every residual block would double their variance; with a small scale in its last normalization
     it hardly changes it.
     """
     for block in model.modules():
@@ -157,7 +157,7 @@ def steady_residuals(model: nn.Module) -> None:
 def spread_scores(model: nn.Module, infer: Callable[[], object]) -> None:
     """Sets the classifiers' weights so that some scores lie above the threshold, most below it.
 
-    Freshly initialised ones give all classes the same low score, so nothing is detected and the
+    Freshly initialized ones give all classes the same low score, so nothing is detected and the
     mask head has nothing to do.
     """
     outputs: dict[nn.Module, torch.Tensor] = {}

@@ -24,7 +24,7 @@ class Peer:
             scale_factor, kernel_size, group_size).
         source: where it comes from.
         patches: memory that a forward, and a forward with backward, hold at their peak, in units
-            of all k*k neighbours of all output values (N*C * k*k * s*H * s*W elements).
+            of all k*k neighbors of all output values (N*C * k*k * s*H * s*W elements).
         is_carafe: computes exactly what the CARAFE of its group does.
         compiles: its first call takes much longer than others.
         limits: says why it cannot run for (channels, group_size, device), or None.
@@ -99,7 +99,7 @@ def separate_steps(
 class UnfoldCARAFE(nn.Module):
     """The plain-PyTorch module that most projects carry: github.com/XiaLiPKU/CARAFE.
 
-    It departs from the paper by batch normalisation and a ReLU in the kernel prediction. The
+    It departs from the paper by batch normalization and a ReLU in the kernel prediction. The
     features are enlarged first and unfolded with a dilation of s, so that every output pixel has
     a patch of its own in memory.
     """
@@ -166,8 +166,8 @@ class DySample(nn.Module):
             (torch.arange(size, dtype=x.dtype, device=x.device) + 0.5) * (2 / size) - 1
             for size in (out_h, out_w)
         )
-        centres = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)
-        grid = centres + offsets * offsets.new_tensor([2 / w, 2 / h])
+        centers = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), dim=-1)
+        grid = centers + offsets * offsets.new_tensor([2 / w, 2 / h])
         features = x.reshape(n * self.GROUPS, c // self.GROUPS, h, w)
         out = F.grid_sample(features, grid, padding_mode="border", align_corners=False)
         return out.reshape(n, c, out_h, out_w)

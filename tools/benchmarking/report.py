@@ -215,7 +215,7 @@ def write_json(path: Path, machine: dict, settings: dict, results: list[dict]) -
 
 # ------------------------------------------------------------------------------------- plot
 
-OURS_COLOUR, PEER_COLOUR = "#d1495b", "#5b7c99"
+OURS_COLOR, PEER_COLOR = "#d1495b", "#5b7c99"
 BACKWARD_ALPHA = 0.38
 
 
@@ -250,12 +250,12 @@ def plot(path: Path, title: str, cases: dict[str, Case], results: Sequence[Resul
         axis.set_visible(False)
     figure.suptitle(f"{title}\nmilliseconds: forward / forward + backward", fontsize=8)
     legend = [
-        Patch(color=OURS_COLOUR, label="CARAFE of carafe_d2, forward"),
+        Patch(color=OURS_COLOR, label="CARAFE of carafe_d2, forward"),
         Patch(
-            color=OURS_COLOUR, alpha=BACKWARD_ALPHA, label="CARAFE of carafe_d2, forward + backward"
+            color=OURS_COLOR, alpha=BACKWARD_ALPHA, label="CARAFE of carafe_d2, forward + backward"
         ),
-        Patch(color=PEER_COLOUR, label="others, forward"),
-        Patch(color=PEER_COLOUR, alpha=BACKWARD_ALPHA, label="others, forward + backward"),
+        Patch(color=PEER_COLOR, label="others, forward"),
+        Patch(color=PEER_COLOR, alpha=BACKWARD_ALPHA, label="others, forward + backward"),
     ]
     figure.legend(
         handles=legend,
@@ -286,7 +286,7 @@ def _draw_panel(axis, case: Case, names: list[str], results: list[Result]) -> No
             result.milliseconds - low,
             left=low,
             height=0.78,
-            color=OURS_COLOUR if ours else PEER_COLOUR,
+            color=OURS_COLOR if ours else PEER_COLOR,
             alpha=BACKWARD_ALPHA if backward else 1,
             zorder=1 if backward else 2,
         )

@@ -35,7 +35,7 @@ class Case:
 
     @property
     def patch_elements(self) -> int:
-        """All neighbours of all output values: what an unfold of the enlarged map holds."""
+        """All neighbors of all output values: what an unfold of the enlarged map holds."""
         return math.prod(self.shape) * (self.scale * self.kernel) ** 2
 
     def __str__(self) -> str:

@@ -2,7 +2,7 @@
 
 train = dict(
     output_dir="output/lazy",
-    # torchvision's ImageNet weights, with their RGB normalisation and the stride in the 3x3
+    # torchvision's ImageNet weights, with their RGB normalization and the stride in the 3x3
     init_checkpoint="detectron2://ImageNetPretrained/torchvision/R-50.pkl",
     max_iter=87960,
     seed=-1,  # a negative one makes every training another one

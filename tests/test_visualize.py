@@ -1,4 +1,4 @@
-"""tools/visualise.py: ground truth and predictions of a small `shapes` dataset side by side."""
+"""tools/visualize.py: ground truth and predictions of a small `shapes` dataset side by side."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ from carafe_d2.data import register_shapes, shapes
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import inference  # noqa: E402
-import visualise  # noqa: E402
+import visualize  # noqa: E402
 
 CONFIG = str(ROOT / "configs" / "shapes_mask_rcnn_R18_FPN_carafe.yaml")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools")
@@ -27,7 +27,7 @@ OPTS = ["MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TEST", "64"]
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """Random weights beside a small dataset, which is registered as `shapes_val` for the time."""
-    folder = tmp_path_factory.mktemp("visualise")
+    folder = tmp_path_factory.mktemp("visualize")
     shapes.main(["--root", str(folder), "--train", "1", "--val", "3", "--size", "64"])
     torch.manual_seed(0)
     path = folder / "model.pth"
@@ -43,9 +43,9 @@ def run(weights, monkeypatch, tmp_path):
 
     def run(*arguments, keys=()):
         opts = [*OPTS, "MODEL.WEIGHTS", weights, *keys]
-        command = ["visualise.py", "--config-file", CONFIG, "--width", "100", *arguments, *opts]
+        command = ["visualize.py", "--config-file", CONFIG, "--width", "100", *arguments, *opts]
         monkeypatch.setattr(sys, "argv", command)
-        visualise.main()
+        visualize.main()
 
     return run
 
@@ -56,8 +56,8 @@ def test_ground_truth_is_left_and_predictions_are_right(weights):
     record = DatasetCatalog.get("shapes_val")[0]
 
     def draw(threshold):
-        np.random.seed(0)  # of the visualizer's colours
-        return visualise.draw_pair(predictor, record, threshold, width=100)
+        np.random.seed(0)  # of the visualizer's colors
+        return visualize.draw_pair(predictor, record, threshold, width=100)
 
     image = inference.read_image(record["file_name"])
     np.random.seed(0)

@@ -2,7 +2,7 @@
 r"""Draws a model's predictions beside the ground truth of a dataset, as one PNG.
 
 Example:
-    python tools/visualise.py --config-file configs/shapes_mask_rcnn_R18_FPN_carafe.yaml \
+    python tools/visualize.py --config-file configs/shapes_mask_rcnn_R18_FPN_carafe.yaml \
         --output predictions.png MODEL.WEIGHTS output/model_final.pth
 """
 
