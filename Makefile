@@ -8,7 +8,7 @@
 # make dist         set up, build a source archive and, from it, a wheel: dist/
 # make clean        remove what was built here
 #
-# GPU_CHECK=options        for tools/gpu_check.py, e.g. '--quick' or '--mmcv mmcv-2.2.0.tar.gz'
+# GPU_CHECK=options        for dev/gpu_check.py, e.g. '--quick' or '--mmcv mmcv-2.2.0.tar.gz'
 # PYTHON=python3.12        the interpreter that makes the virtual environment
 # VENV=path                the environment to use; default: the activated one, else .venv
 # DETECTRON2=requirement   the Detectron2 to install, e.g.
@@ -56,14 +56,14 @@ test: environment
 	$(PY) -m pytest
 
 bench: environment
-	$(PY) tools/benchmark.py
+	$(PY) -m carafe_d2.benchmark
 
 compare: environment
 	@$(PY) -m carafe_d2.data.shapes
-	@$(PY) tools/compare.py
+	@$(PY) dev/compare.py
 
 gpu-check: environment
-	$(PY) tools/gpu_check.py $(GPU_CHECK)
+	$(PY) dev/gpu_check.py $(GPU_CHECK)
 
 lint: environment
 	$(PY) -m ruff check .
@@ -80,7 +80,7 @@ dist: environment
 	$(PY) -m build --no-isolation
 
 environment: $(STAMPS)/extension
-	@$(PY) tools/install_detectron2.py $(DETECTRON2)
+	@$(PY) dev/install_detectron2.py $(DETECTRON2)
 
 $(PY):
 	@echo "== Virtual environment $(VENV)"

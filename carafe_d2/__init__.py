@@ -1,55 +1,20 @@
 """CARAFE: Content-Aware ReAssembly of FEatures, for PyTorch and Detectron2.
 
-The operator and the upsamplers need only PyTorch. Where Detectron2 is installed, importing this
-package registers the backbones, the heads and the ``shapes`` dataset with it.
+Every name is loaded when it is first asked for (PEP 562), so the operator and the upsamplers cost
+no more than PyTorch. Importing this package makes the backbones, the heads and the ``shapes``
+dataset known to Detectron2 as soon as Detectron2 itself has its registries.
 """
 
-import sys
+import importlib
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
+from .import_hooks import when_imported
 from .version import __version__
 
-# `python -m carafe_d2.collect_env` has to work where nothing else of the package can be imported.
-_REPORTING = "carafe_d2.collect_env" in sys.orig_argv
-
-if not _REPORTING:
-    from .ops import DECOMPOSITIONS, carafe, carafe_upsample, flop_count_ops
-    from .reference import carafe_naive
-    from .replace import replace_upsampling
-    from .upsample import CARAFE, CARAFENaive, CARAFEPack, PixelShufflePack, build_upsampler
-
-__all__ = [
-    "CARAFE",
-    "DECOMPOSITIONS",
-    "CARAFENaive",
-    "CARAFEPack",
-    "PixelShufflePack",
-    "__version__",
-    "build_upsampler",
-    "carafe",
-    "carafe_naive",
-    "carafe_upsample",
-    "flop_count_ops",
-    "replace_upsampling",
-]
-
-_DETECTRON2_NAMES = [
-    "CarafeCheckpointer",
-    "CarafeFPN",
-    "CarafeSemSegFPNHead",
-    "LegacyAnchorGenerator",
-    "LegacyRCNN",
-    "MaskRCNNCarafeUpsampleHead",
-    "add_carafe_config",
-    "build_resnet_carafe_fpn_backbone",
-    "build_resnet_carafe_semantic_fpn_backbone",
-    "build_retinanet_resnet_carafe_fpn_backbone",
-]
-
-if find_spec("detectron2") and not _REPORTING:
+if TYPE_CHECKING:
     from .checkpoint import CarafeCheckpointer
     from .config import add_carafe_config
-    from .data import register_shapes
     from .fpn import (
         CarafeFPN,
         build_resnet_carafe_fpn_backbone,
@@ -57,16 +22,70 @@ if find_spec("detectron2") and not _REPORTING:
     )
     from .legacy import LegacyAnchorGenerator, LegacyRCNN
     from .mask_head import MaskRCNNCarafeUpsampleHead
+    from .ops import DECOMPOSITIONS, carafe, carafe_upsample, flop_count_ops
+    from .reference import carafe_naive
+    from .replace import replace_upsampling
     from .semantic_seg import CarafeSemSegFPNHead, build_resnet_carafe_semantic_fpn_backbone
+    from .upsample import CARAFE, CARAFENaive, CARAFEPack, PixelShufflePack, build_upsampler
 
-    __all__ += _DETECTRON2_NAMES
+_MODULE_OF = {
+    "CARAFE": "upsample",
+    "CARAFENaive": "upsample",
+    "CARAFEPack": "upsample",
+    "DECOMPOSITIONS": "ops",
+    "PixelShufflePack": "upsample",
+    "build_upsampler": "upsample",
+    "carafe": "ops",
+    "carafe_naive": "reference",
+    "carafe_upsample": "ops",
+    "flop_count_ops": "ops",
+    "replace_upsampling": "replace",
+}
+_DETECTRON2_MODULE_OF = {
+    "CarafeCheckpointer": "checkpoint",
+    "CarafeFPN": "fpn",
+    "CarafeSemSegFPNHead": "semantic_seg",
+    "LegacyAnchorGenerator": "legacy",
+    "LegacyRCNN": "legacy",
+    "MaskRCNNCarafeUpsampleHead": "mask_head",
+    "add_carafe_config": "config",
+    "build_resnet_carafe_fpn_backbone": "fpn",
+    "build_resnet_carafe_semantic_fpn_backbone": "semantic_seg",
+    "build_retinanet_resnet_carafe_fpn_backbone": "fpn",
+}
+
+__all__ = ["__version__", *_MODULE_OF]
+if find_spec("detectron2"):
+    __all__ += _DETECTRON2_MODULE_OF  # type: ignore[arg-type]
+
+
+def _register_dataset() -> None:
+    from .data import register_shapes
+
     register_shapes()
-else:
 
-    def __getattr__(name: str):
-        if name in _DETECTRON2_NAMES:
-            raise ImportError(
-                f"carafe_d2.{name} needs Detectron2, which is not installed; "
-                "python tools/install_detectron2.py installs it"
-            )
+
+def _register_models() -> None:
+    from . import fpn, legacy, mask_head, semantic_seg
+
+
+when_imported("detectron2.data", _register_dataset)
+when_imported("detectron2.modeling", _register_models)
+
+
+def __getattr__(name: str):
+    if name in _DETECTRON2_MODULE_OF and not find_spec("detectron2"):
+        raise ImportError(
+            f"carafe_d2.{name} needs Detectron2, which is not installed; "
+            "python dev/install_detectron2.py in a checkout of carafe-d2 installs it"
+        )
+    module = _MODULE_OF.get(name) or _DETECTRON2_MODULE_OF.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{module}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -19,7 +19,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:  # the report has to be printed without it, too
-    import torch
+    pass
 
 LIBRARY = Path(__file__).with_name("_C.so")
 CPU_INSTRUCTION_SETS = ("avx512", "avx2", "default")  # the operator takes the first it can
@@ -225,8 +224,8 @@ def backend_rows() -> Rows:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         load = f"import torch; torch.ops.load_library({str(LIBRARY)!r}); print('works')"
         loaded = pool.submit(run_apart, "-c", load)
-        imported = pool.submit(run_apart, "-c", "import carafe_d2; print('works')")
-        rows = [("load the operator", loaded.result()), ("import carafe_d2", imported.result())]
+        imported = pool.submit(run_apart, "-c", "import carafe_d2.ops; print('works')")
+        rows = [("load the operator", loaded.result()), ("import carafe_d2.ops", imported.result())]
         if loaded.result() != "works":
             return rows
         sets = CPU_INSTRUCTION_SETS if platform.machine() in ("x86_64", "AMD64") else ["default"]
@@ -289,13 +288,15 @@ def check_backend(device: str) -> str:
     import torch
 
     from . import ops
+    from .testing import Case, check_operator
 
     errors = {}
     for dtype in DTYPES:
         try:
             for operator, definition in ops.DECOMPOSITIONS.items():
-                for layout in (torch.contiguous_format, torch.channels_last):
-                    compare(operator, definition, device, getattr(torch, dtype), layout)
+                for layout in ("contiguous", "channels_last"):
+                    case = Case((2, 32, 6, 9), 5, 2, dtype=getattr(torch, dtype), layout=layout)
+                    check_operator(operator, definition, case, device)
         except (RuntimeError, AssertionError) as error:
             if "CARAFE_D2_CPU: expected" in str(error):
                 return NOT_ON_THIS_PROCESSOR
@@ -308,47 +309,6 @@ def check_backend(device: str) -> str:
     if errors:
         outcome.append(f"FAILS: {'; '.join(f'{name}: {error}' for name, error in errors.items())}")
     return "; ".join(outcome)
-
-
-def compare(
-    operator: Callable[..., torch.Tensor],
-    definition: Callable[..., torch.Tensor],
-    device: str,
-    dtype: torch.dtype,
-    layout: torch.memory_format,
-) -> None:
-    """Compares an operator and its gradients with those of its definition in float64.
-
-    Raises:
-        AssertionError: results are further apart than rounding to the dtype explains.
-    """
-    import torch
-
-    kernel, group, scale, (n, c, h, w) = 5, 2, 2, (2, 32, 6, 9)
-    taps = group * kernel**2
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
-
-    features = random(n, c, h, w).contiguous(memory_format=layout)
-    if "carafe_upsample" in str(operator):
-        kernels = random(n, taps * scale**2, h, w)
-    else:
-        kernels = random(n, taps, h * scale, w * scale)
-    gradient = random(n, c, h * scale, w * scale)
-
-    def results(function: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-        inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in (features, kernels)]
-        output = function(*inputs, kernel, group, scale)
-        return [output, *torch.autograd.grad(output, inputs, gradient.to(dtype))]
-
-    names = ("output", "gradient of the features", "gradient of the kernels")
-    wanted = results(definition, torch.float64)
-    for name, got, want in zip(names, results(operator, dtype), wanted, strict=True):
-        error = ((got - want).abs().max() / want.abs().max()).item()
-        if not error < 16 * torch.finfo(dtype).eps:
-            raise AssertionError(f"the {name} of {operator} is off by {error:.0e}")
 
 
 # ---------------------------------------------------------------------------------------- small

@@ -8,15 +8,16 @@ of each take. The same question as MMDetection's grad_check answers, for CPUs as
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from carafe_d2.ops import carafe, carafe_upsample
-from carafe_d2.reference import carafe_naive, carafe_upsample_naive
+from .ops import carafe, carafe_upsample
+from .reference import carafe_naive, carafe_upsample_naive
+from .testing import Case
 
 OPERATORS: dict[str, Callable[..., Tensor]] = {
     "carafe": carafe,
@@ -26,34 +27,25 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def make_inputs(
-    name: str, shape: list[int], args: argparse.Namespace, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Random features of the given shape (N, C, H, W), and masks or logits that go with them."""
-    n, _, h, w = shape
-    taps = args.group * args.kernel**2
-    options = {"dtype": dtype, "device": args.device}
-    features = torch.randn(shape, **options)
-    if "upsample" in name:
-        kernels = torch.randn(n, taps * args.scale**2, h, w, **options)
-    else:
-        kernels = torch.rand(n, taps, h * args.scale, w * args.scale, **options)
-    return features.requires_grad_(), kernels.requires_grad_()
+def case_of(args: argparse.Namespace, shape: Sequence[int], dtype: torch.dtype) -> Case:
+    n, c, h, w = shape
+    return Case((n, c, h, w), args.kernel, args.group, args.scale, dtype)
 
 
 def gradients_agree(name: str, args: argparse.Namespace) -> bool:
     """Whether the gradients of an operator are those of its forward, in float64."""
-    inputs = make_inputs(name, args.check_shape, args, torch.float64)
+    case = case_of(args, args.check_shape, torch.float64)
 
     def function(features: Tensor, kernels: Tensor) -> Tensor:
-        return OPERATORS[name](features, kernels, args.kernel, args.group, args.scale)
+        return OPERATORS[name](features, kernels, *case.parameters)
 
-    return torch.autograd.gradcheck(function, inputs, raise_exception=False)
+    return torch.autograd.gradcheck(function, case.inputs(name, args.device), raise_exception=False)
 
 
 def measure(name: str, args: argparse.Namespace) -> tuple[float, float]:
     """Median milliseconds of a forward and of a backward."""
-    inputs = make_inputs(name, args.shape, args, getattr(torch, args.dtype))
+    case = case_of(args, args.shape, getattr(torch, args.dtype))
+    inputs = case.inputs(name, args.device)
 
     def now() -> float:
         if args.device.type == "cuda":
@@ -64,7 +56,7 @@ def measure(name: str, args: argparse.Namespace) -> tuple[float, float]:
     grad = None
     for iteration in range(args.iterations + 1):
         start = now()
-        out = OPERATORS[name](*inputs, args.kernel, args.group, args.scale)
+        out = OPERATORS[name](*inputs, *case.parameters)
         middle = now()
         grad = torch.ones_like(out) if grad is None else grad
         before = now()
@@ -112,8 +104,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(0)
     try:
         for shape in (args.check_shape, args.shape):
-            features, masks = make_inputs("carafe", [*shape[:2], 1, 1], args, torch.float32)
-            carafe(features, masks, args.kernel, args.group, args.scale)
+            case = case_of(args, [*shape[:2], 1, 1], torch.float32)
+            carafe(*case.inputs("carafe", args.device), *case.parameters)
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

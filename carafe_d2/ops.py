@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
+from .import_hooks import when_imported
 from .reference import carafe_naive, carafe_upsample_naive
 
 __all__ = ["DECOMPOSITIONS", "carafe", "carafe_upsample", "flop_count_ops"]
@@ -328,8 +329,10 @@ flop_count_ops = {
 Needed only with an fvcore that lacks the table of defaults to which they are added here.
 """
 
-try:
-    _fvcore = importlib.import_module("fvcore.nn.flop_count")
-    getattr(_fvcore, "_DEFAULT_SUPPORTED_OPS", {}).update(flop_count_ops)
-except ImportError:  # fvcore comes with Detectron2, which the operator does without
-    pass
+
+def _register_with_fvcore() -> None:
+    flop_count = importlib.import_module("fvcore.nn.flop_count")
+    getattr(flop_count, "_DEFAULT_SUPPORTED_OPS", {}).update(flop_count_ops)
+
+
+when_imported("fvcore.nn.flop_count", _register_with_fvcore)

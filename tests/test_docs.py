@@ -62,29 +62,29 @@ RUNNERS = {
     "carafe_d2.collect_env": "tests/test_collect_env.py",
     "carafe_d2.data.shapes": "tests/test_train_net.py",
     "carafe_d2.grad_check": "tests/test_grad_check.py",
-    "tools/benchmark.py": "tests/test_benchmark.py",
-    "tools/build_mmcv_carafe.py": "tests/test_build_mmcv_carafe.py",
-    "tools/compare.py": "tests/test_compare.py",
-    "tools/complexity.py": "tests/test_complexity.py",
-    "tools/convert_mmdet.py": "tests/test_convert_mmdet.py",
-    "tools/gpu_check.py": "tests/test_gpu_check.py",
-    "tools/install_detectron2.py": "tests/test_install_detectron2.py",
+    "python -m carafe_d2.benchmark": "tests/benchmark/test_benchmark.py",
+    "dev/build_mmcv_carafe.py": "tests/dev/test_build_mmcv_carafe.py",
+    "dev/compare.py": "tests/dev/test_compare.py",
+    "python -m carafe_d2.benchmark.complexity": "tests/benchmark/test_complexity.py",
+    "tools/convert_mmdet.py": "tests/tools/test_convert_mmdet.py",
+    "dev/gpu_check.py": "tests/dev/test_gpu_check.py",
+    "dev/install_detectron2.py": "tests/dev/test_install_detectron2.py",
     "tools/lazyconfig_train_net.py": "tests/test_train_net.py",
-    "tools/plot_training.py": "tests/test_plot_training.py",
-    "tools/predict.py": "tests/test_predict.py",
-    "tools/reproduce.py": "tests/test_reproduce.py",
-    "tools/show_kernels.py": "tests/test_show_kernels.py",
-    "tools/visualize.py": "tests/test_visualize.py",
+    "tools/plot_training.py": "tests/tools/test_plot_training.py",
+    "tools/predict.py": "tests/tools/test_predict.py",
+    "dev/reproduce.py": "tests/dev/test_reproduce.py",
+    "tools/show_kernels.py": "tests/tools/test_show_kernels.py",
+    "tools/visualize.py": "tests/tools/test_visualize.py",
 }
 
 # Programs whose commands run here, exactly as the pages give them: quick, and they write nothing.
-RUN_HERE = {"tools/complexity.py"}
+RUN_HERE = {"python -m carafe_d2.benchmark.complexity"}
 
 # What is neither ours nor run by anything, and why it may stand in a page all the same.
 OTHERS = {
     "echo": "writes one line into a file",
     "head": "takes a line of scontrol's answer",
-    "pip download": "needs a network; what it fetches, tests/test_build_mmcv_carafe.py has faked",
+    "pip download": "needs a network; tests/dev/test_build_mmcv_carafe.py fakes it",
     "python -m build": "tests/test_packaging.py runs it",
     "python -m pip": "make quickstart runs it",
     "python -m pytest": "make test runs it",

@@ -6,38 +6,28 @@ Streams, graphs, memory, alignment, launch limits and tensors of more than 2^31 
 import copy
 import dataclasses
 import itertools
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from carafe_d2 import CARAFEPack
-
-FOLDER = Path(__file__).parent
-sys.path[:0] = [str(FOLDER), str(FOLDER.parent / "tools")]
-from benchmarking.peers import mmcv_peers  # noqa: E402
-from test_ops import (  # noqa: E402
-    BF16,
-    BOTH,
-    F16,
-    F32,
-    F64,
-    OPERATORS,
-    Case,
-    assert_close,
-    backward_of,
-    carafe,
-    carafe_upsample,
-)
+from carafe_d2.benchmark.peers import mmcv_peers
+from carafe_d2.ops import carafe, carafe_upsample
+from carafe_d2.reference import carafe_naive, carafe_upsample_naive
+from carafe_d2.testing import BF16, F16, F32, F64, Case, assert_close, backward_of
 
 pytestmark = pytest.mark.gpu
+OPERATORS = pytest.mark.parametrize(
+    ("operator", "reference"),
+    [(carafe, carafe_naive), (carafe_upsample, carafe_upsample_naive)],
+    ids=["carafe", "carafe_upsample"],
+)
 DEVICE = "cuda"
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 MEDIUM = Case((2, 64, 26, 42), kernel=5, dtype=F32)  # a level of a small pyramid
-LAYOUTS = pytest.mark.parametrize("layout", BOTH)
+LAYOUTS = pytest.mark.parametrize("layout", list(MEMORY_FORMATS))
 # Even scales have kernels of their own; the others allocate memory for the backward.
 SCALES = pytest.mark.parametrize("scale", [2, 3])
 
@@ -93,7 +83,7 @@ SMALL_CASES = [
 @LAYOUTS
 @pytest.mark.parametrize("case", SMALL_CASES, ids=str)
 def test_small_shapes(operator, reference, case, layout):
-    """On the GPU no kernels run but these; tools/gpu_check.py has compute-sanitizer watch them."""
+    """On the GPU no kernels run but these; dev/gpu_check.py has compute-sanitizer watch them."""
     case = of_layout(case, layout)
     inputs = case.inputs(operator)
     grad_output = random_grad_output(case, "cpu")
@@ -214,7 +204,7 @@ def test_peer_of_mmcv_computes_the_same(dtype, layout):
     """What the benchmark compares with is right, also where mmcv itself would misread a layout."""
     peers = mmcv_peers()
     if not peers:
-        pytest.skip("needs mmcv with its operators, or tools/build_mmcv_carafe.py's")
+        pytest.skip("needs mmcv with its operators, or dev/build_mmcv_carafe.py's")
     case = of_layout(MEDIUM, layout, group=2, dtype=dtype)
     inputs = case.inputs(carafe, DEVICE)
     grad_output = random_grad_output(case)

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,6 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from carafe_d2.ops import carafe, carafe_upsample
 from carafe_d2.reference import carafe_naive, carafe_upsample_naive
+from carafe_d2.testing import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    LAYOUTS,
+    Case,
+    backward_of,
+    check_operator,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PAIRS = [(carafe, carafe_naive), (carafe_upsample, carafe_upsample_naive)]
@@ -21,71 +30,6 @@ OPERATORS = pytest.mark.parametrize(
 )
 
 
-@dataclass(frozen=True)
-class Case:
-    """Sizes, dtypes and layout of one call."""
-
-    shape: tuple[int, int, int, int] = (2, 6, 4, 5)
-    kernel: int = 3
-    group: int = 1
-    scale: int = 2
-    dtype: torch.dtype = torch.float64
-    kernels_dtype: torch.dtype | None = None
-    layout: str = "contiguous"
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        if self.kernels_dtype:
-            dtype += "+" + str(self.kernels_dtype).removeprefix("torch.")
-        size = "x".join(map(str, self.shape))
-        return f"{size}-k{self.kernel}-g{self.group}-s{self.scale}-{dtype}-{self.layout}"
-
-    @property
-    def parameters(self) -> tuple[int, int, int]:
-        return self.kernel, self.group, self.scale
-
-    def inputs(self, operator, device: str = "cpu") -> tuple[Tensor, Tensor]:
-        n, _, h, w = self.shape
-        taps = self.group * self.kernel**2
-        if operator is carafe:
-            kernels_shape = (n, taps, h * self.scale, w * self.scale)
-        else:
-            kernels_shape = (n, taps * self.scale**2, h, w)
-        generator = torch.Generator().manual_seed(0)
-        return tuple(
-            # the layout comes last: a change of dtype or device makes every tensor dense
-            self._arrange(
-                torch.randn(shape, dtype=torch.float64, generator=generator).to(device, dtype)
-            ).requires_grad_()
-            for shape, dtype in (
-                (self.shape, self.dtype),
-                (kernels_shape, self.kernels_dtype or self.dtype),
-            )
-        )
-
-    def _arrange(self, tensor: Tensor) -> Tensor:
-        if self.layout == "channels_last":
-            return tensor.contiguous(memory_format=torch.channels_last)
-        if self.layout == "sliced":  # no dimension is dense
-            doubled = tensor
-            for dim in range(4):
-                doubled = doubled.repeat_interleave(2, dim)
-            return doubled[::2, ::2, ::2, ::2]
-        if self.layout == "transposed":
-            return tensor.transpose(2, 3).contiguous().transpose(2, 3)
-        if self.layout == "expanded":
-            return tensor[:1].expand_as(tensor)
-        if self.layout == "broadcast":
-            return tensor[:1, :1, :1, :1].expand_as(tensor)
-        return tensor
-
-
-def backward_of(operator):
-    return getattr(torch.ops.carafe_d2, f"{operator.__name__}_backward")
-
-
-F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "expanded", "broadcast"]
 BOTH = LAYOUTS[:2]
 
 CASES = [
@@ -112,34 +56,12 @@ CASES = [
     *(Case(s, dtype=F32) for s in ((0, 6, 4, 5), (2, 6, 0, 5), (2, 6, 4, 0), (2, 0, 4, 5))),
 ]
 
-TOLERANCE = {F64: (1e-10, 1e-10), F32: (2e-5, 2e-5), F16: (2e-3, 2e-3), BF16: (1.6e-2, 1.6e-2)}
-
-
-def assert_close(actual: Tensor, expected: Tensor, case: Case) -> None:
-    # A sum has as many roundings as terms, and half types round what goes in as well as the result.
-    lowest = max((case.dtype, case.kernels_dtype or case.dtype), key=lambda t: TOLERANCE[t])
-    rtol, atol = TOLERANCE[lowest]
-    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol * scale)
-
 
 @OPERATORS
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward_and_gradients_match_the_definition(operator, reference, case, device):
-    inputs = case.inputs(operator, device)
-    out = operator(*inputs, *case.parameters)
-    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
-    expected = reference(*exact, *case.parameters)
-    assert out.dtype == case.dtype
-    assert_close(out, expected, case)
-
-    grad_output = torch.randn_like(out)
-    grads = torch.autograd.grad(out, inputs, grad_output)
-    expected_grads = torch.autograd.grad(expected, exact, grad_output.double())
-    for grad, tensor, expected_grad in zip(grads, inputs, expected_grads, strict=True):
-        assert grad.dtype == tensor.dtype
-        assert_close(grad, expected_grad, case)
+    check_operator(operator, reference, case, device)
 
 
 @OPERATORS

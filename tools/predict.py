@@ -35,11 +35,12 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
-from inference import Predictor, read_image, save_image, split_opts, write_file
 from tqdm import tqdm
 
 from carafe_d2.config import load_config
 from carafe_d2.errors import UserError, exit_on_user_error
+from carafe_d2.files import write_file
+from carafe_d2.inference import Predictor, read_image, save_image, split_opts
 
 # What cannot be read is named below; FFmpeg is to be silent about it.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")

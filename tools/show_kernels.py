@@ -23,7 +23,6 @@ import matplotlib
 import numpy as np
 import torch
 from detectron2.structures import Instances
-from inference import Predictor, read_image, split_opts, write_file
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -36,6 +35,8 @@ from torch.nn import functional as F
 from carafe_d2 import CarafeFPN, CARAFEPack, carafe
 from carafe_d2.config import load_config
 from carafe_d2.errors import UserError, exit_on_user_error
+from carafe_d2.files import write_file
+from carafe_d2.inference import Predictor, read_image, split_opts
 
 DEFAULT_POINTS = 2  # in the objects that are detected with the highest scores
 MOST_NUMBERS = 7  # side of the largest kernel whose weights are written out

@@ -13,11 +13,11 @@ import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.visualizer import Visualizer
-from inference import Predictor, read_image, save_image
 
 from carafe_d2.config import load_config
 from carafe_d2.data.build import check_datasets
 from carafe_d2.errors import UserError, exit_on_user_error
+from carafe_d2.inference import Predictor, read_image, save_image
 
 
 def titled(image: np.ndarray, title: str) -> np.ndarray:

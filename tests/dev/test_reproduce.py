@@ -1,6 +1,5 @@
-"""tools/reproduce.py: the page of results, and the measuring of its rows on the shapes dataset."""
+"""dev/reproduce.py: the page of results, and the measuring of its rows on the shapes dataset."""
 
-import importlib.util
 import json
 import os
 import re
@@ -14,19 +13,16 @@ from detectron2.modeling import build_model
 
 from carafe_d2.config import load_config
 from carafe_d2.errors import UserError
+from dev import reproduce
 
-ROOT = Path(__file__).parents[1]
-TOOL = ROOT / "tools" / "reproduce.py"
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "dev" / "reproduce.py"
 RESULTS = json.loads((ROOT / "docs" / "results.json").read_text())["rows"]
 CONFIG = "configs/shapes_mask_rcnn_R18_FPN_carafe.yaml"
 SMALL = [
     *("INPUT.MIN_SIZE_TEST", "64", "MODEL.DEVICE", "cpu"),
     *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "TEST.DETECTIONS_PER_IMAGE", "5"),
 ]
-
-spec = importlib.util.spec_from_file_location("reproduce", TOOL)
-reproduce = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reproduce)
 
 
 # --- the rows and their page --------------------------------------------------------------------

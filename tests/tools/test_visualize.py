@@ -11,13 +11,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.visualizer import Visualizer
 
+from carafe_d2 import inference
 from carafe_d2.config import load_config
 from carafe_d2.data import register_shapes, shapes
+from tools import visualize
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import inference  # noqa: E402
-import visualize  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 CONFIG = str(ROOT / "configs" / "shapes_mask_rcnn_R18_FPN_carafe.yaml")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools")

@@ -1,6 +1,5 @@
-"""tools/compare.py: boundary AP, the report, and a comparison on a small shapes dataset."""
+"""dev/compare.py: boundary AP, the report, and a comparison on a small shapes dataset."""
 
-import importlib.util
 import json
 import math
 import os
@@ -18,13 +17,10 @@ from pycocotools.cocoeval import COCOeval
 
 from carafe_d2.errors import UserError
 from carafe_d2.upsample import UPSAMPLERS
+from dev import compare
 
-ROOT = Path(__file__).parents[1]
-TOOL = ROOT / "tools" / "compare.py"
-
-spec = importlib.util.spec_from_file_location("compare", TOOL)
-compare = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(compare)
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "dev" / "compare.py"
 
 
 def test_every_upsampler_is_compared():

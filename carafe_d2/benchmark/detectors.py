@@ -16,9 +16,8 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from carafe_d2.config import load_config
-from carafe_d2.errors import UserError
-
+from ..config import load_config
+from ..errors import UserError
 from .measure import Clock, count_flops, interleave, ratio, warm_up
 from .upsampling import LAYOUTS
 

@@ -9,9 +9,8 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from carafe_d2 import build_upsampler, carafe, carafe_upsample
-from carafe_d2.upsample import UPSAMPLERS
-
+from ..ops import carafe, carafe_upsample
+from ..upsample import UPSAMPLERS, build_upsampler
 from .measure import Clock, Samples, count_flops, interleave, ratio, warm_up, yardsticks
 from .peers import PEERS, Peer, compiled_peers, mmcv_peers
 

@@ -1,8 +1,8 @@
 """Installs Detectron2 into the environment of the Python that runs this file.
 
-    python tools/install_detectron2.py
-    python tools/install_detectron2.py 'git+https://github.com/facebookresearch/detectron2'
-    python tools/install_detectron2.py path/to/detectron2
+    python dev/install_detectron2.py
+    python dev/install_detectron2.py 'git+https://github.com/facebookresearch/detectron2'
+    python dev/install_detectron2.py path/to/detectron2
 
 A Detectron2 that is there already is used as it is, and nothing is done.
 

@@ -1,4 +1,4 @@
-"""tools/benchmark.py: what it measures, how it measures, what it writes. No test asserts a time."""
+"""The benchmark: what it measures, how it measures, what it writes. No test asserts a time."""
 
 import json
 import os
@@ -12,14 +12,13 @@ import torch
 from torch.nn import functional as F
 
 from carafe_d2 import carafe_naive, carafe_upsample
+from carafe_d2.benchmark import __main__ as benchmark
+from carafe_d2.benchmark import measure, peers, report, upsampling
+from carafe_d2.benchmark.upsampling import FORWARD, FORWARD_BACKWARD
 from carafe_d2.errors import UserError
 from carafe_d2.reference import carafe_upsample_naive
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import benchmark  # noqa: E402
-from benchmarking import measure, peers, report, upsampling  # noqa: E402
-from benchmarking.upsampling import FORWARD, FORWARD_BACKWARD  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools")
@@ -34,7 +33,7 @@ class QuickRun:
         self.folder = folder
         self.page = folder / "page.md"
         self.page.write_text(PAGE.format(f"upsampling {device}"))
-        command = [sys.executable, ROOT / "tools" / "benchmark.py", "--quick", "--device", device]
+        command = [sys.executable, "-m", "carafe_d2.benchmark", "--quick", "--device", device]
         command += ["--threads", "1", "--output", folder, "--markdown", self.page]
         self.process = subprocess.run(command, capture_output=True, text=True)
         assert self.process.returncode == 0, self.process.stderr
@@ -90,7 +89,7 @@ def test_json_says_where_and_how(quick_run):
     assert machine["threads"] == 1
     assert machine["torch"] == torch.__version__
     assert machine["device"] == "cpu"
-    assert machine["command"].startswith("python tools/benchmark.py --quick --device cpu")
+    assert machine["command"].startswith("python -m carafe_d2.benchmark --quick --device cpu")
     assert {"cpu", "cores", "date", "carafe_d2", "torch_instruction_set"} < machine.keys()
 
 
@@ -122,7 +121,7 @@ def test_plot_is_a_picture(quick_run):
 WITHOUT_DETECTRON2 = """
 import sys
 sys.modules["detectron2"] = None  # Python's way to make an import fail
-import benchmark
+from carafe_d2.benchmark import __main__ as benchmark
 benchmark.main(sys.argv[1:])
 benchmark.main(["--detector"])
 """
@@ -132,7 +131,7 @@ def test_only_detectors_need_detectron2(tmp_path):
     options = ["--quick", "--cases", "tiny", "--no-peers", "--device", "cpu", "--threads", "1"]
     result = subprocess.run(
         [sys.executable, "-c", WITHOUT_DETECTRON2, *options, "--output", tmp_path],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tools")},
+        env=os.environ,
         capture_output=True,
         text=True,
     )
@@ -376,9 +375,9 @@ def test_wrong_options_are_named_in_one_sentence(arguments, message, monkeypatch
 
 
 def test_errors_leave_with_one_line(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--cases", "p9"])
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--cases", "p9"])
     with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(ROOT / "tools" / "benchmark.py"), run_name="__main__")
+        runpy.run_module("carafe_d2.benchmark", run_name="__main__")
     assert exit.value.code.startswith("error: --cases: expected some of ")  # so exit code 1
 
 
@@ -490,7 +489,7 @@ def test_detectors_and_their_baselines(small_configs, tmp_path, capsys):
     ],
 )
 def test_baseline_of_a_config(config, baseline):
-    from benchmarking.detectors import baseline_of, config_path
+    from carafe_d2.benchmark.detectors import baseline_of, config_path
 
     assert baseline_of(config) == baseline
     assert config_path(config).is_file()
@@ -498,8 +497,12 @@ def test_baseline_of_a_config(config, baseline):
 
 @pytest.mark.parametrize("mask_format", ["polygon", "bitmask"])
 def test_random_targets_are_objects_in_the_image(mask_format):
-    from benchmarking.detectors import DEFAULT_CONFIGS, OBJECTS, config_path, random_instances
-
+    from carafe_d2.benchmark.detectors import (
+        DEFAULT_CONFIGS,
+        OBJECTS,
+        config_path,
+        random_instances,
+    )
     from carafe_d2.config import load_config
 
     path = str(config_path(DEFAULT_CONFIGS[0]))
@@ -514,8 +517,7 @@ def test_random_targets_are_objects_in_the_image(mask_format):
 
 
 def test_training_iteration_leaves_the_weights_alone(small_configs):
-    from benchmarking.detectors import Detector
-
+    from carafe_d2.benchmark.detectors import Detector
     from carafe_d2.config import load_config
 
     cfg = load_config(small_configs[1], ["MODEL.DEVICE", "cpu"])

@@ -2,9 +2,9 @@
 """Checks carafe_d2 on this machine's GPU, stage by stage, and writes one report.
 
 Examples:
-    python tools/gpu_check.py
-    python tools/gpu_check.py --stages tests memcheck racecheck
-    python tools/gpu_check.py --mmcv mmcv-2.2.0.tar.gz --write-docs
+    python dev/gpu_check.py
+    python dev/gpu_check.py --stages tests memcheck racecheck
+    python dev/gpu_check.py --mmcv mmcv-2.2.0.tar.gz --write-docs
 
 docs/gpu.md says what the stages show. A stage that fails or lacks something does not stop the
 others; the exit code is 1 if one failed. This file imports nothing of carafe_d2, which may not be
@@ -212,7 +212,7 @@ def mmcv(args: argparse.Namespace) -> Plan:
         return Plan(obstacle=f"no --mmcv given; the benchmark runs {benchmark}")
     if find_nvcc() is None:
         return Plan(obstacle="no nvcc found; set CUDA_HOME to a CUDA toolkit")
-    script = "tools/build_mmcv_carafe.py"
+    script = "dev/build_mmcv_carafe.py"
     return Plan([python(script, args.mmcv, "--output", args.output / "mmcv")])
 
 
@@ -222,7 +222,13 @@ def benchmark_command(args: argparse.Namespace, *arguments: object) -> list[str]
         options += ["--markdown", "docs/benchmark.md"]
     output = args.output / "benchmark"
     return python(
-        "tools/benchmark.py", "--device", "cuda", *arguments, *options, "--output", output
+        "python -m carafe_d2.benchmark",
+        "--device",
+        "cuda",
+        *arguments,
+        *options,
+        "--output",
+        output,
     )
 
 

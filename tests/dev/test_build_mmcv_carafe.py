@@ -1,4 +1,4 @@
-"""tools/build_mmcv_carafe.py, with sources and a compiler that only pretend."""
+"""dev/build_mmcv_carafe.py, with sources and a compiler that only pretend."""
 
 import subprocess
 import sys
@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from carafe_d2.errors import UserError
+from dev import build_mmcv_carafe
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import build_mmcv_carafe  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 OPERATOR = """\
 from mmengine.model import normal_init, xavier_init

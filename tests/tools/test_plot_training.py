@@ -9,10 +9,9 @@ import cv2
 import pytest
 
 from carafe_d2.errors import UserError
+from tools import plot_training
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import plot_training  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 def write(folder, entries, end=""):

@@ -15,7 +15,7 @@ from detectron2.modeling import build_model
 
 from carafe_d2.config import load_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHAPES = str(ROOT / "configs" / "shapes_mask_rcnn_R18_FPN_carafe.yaml")
 CLASSES = 6
 

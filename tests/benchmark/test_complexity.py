@@ -1,8 +1,6 @@
-"""What upsamplers and whole models cost, by tools/complexity.py and by fvcore."""
+"""What upsamplers and whole models cost, by carafe_d2.benchmark.complexity and by fvcore."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +9,8 @@ from detectron2.modeling import build_backbone
 from detectron2.utils.analysis import FlopCountAnalysis
 
 from carafe_d2 import add_carafe_config
+from carafe_d2.benchmark import complexity
 from carafe_d2.errors import UserError
-
-TOOL = Path(__file__).parents[1] / "tools" / "complexity.py"
-spec = importlib.util.spec_from_file_location("complexity", TOOL)
-complexity = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(complexity)
 
 
 @pytest.mark.parametrize("channels", [64, 256])

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Prints what every upsampler costs: the columns FLOPs and Params of the paper's comparison.
 
 The figures are counted on the modules themselves, per location of the input map, as the paper
@@ -7,7 +6,7 @@ a bias is one more weight, and kernel normalization is free. PyTorch's own count
 and interpolation out; its figure is printed beside.
 
 Example:
-    python tools/complexity.py --channels 256 --scale 2 --up-kernel 3 5 7 --encoder-kernel 1 3
+    python -m carafe_d2.benchmark.complexity --channels 256 --scale 2 --up-kernel 3 5 7
 """
 
 import argparse
@@ -19,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from carafe_d2.errors import UserError, exit_on_user_error
-from carafe_d2.upsample import UPSAMPLERS, build_upsampler
+from ..errors import UserError, exit_on_user_error
+from ..upsample import UPSAMPLERS, build_upsampler
 
 aten = torch.ops.aten
 

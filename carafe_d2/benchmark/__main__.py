@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 """Measures CARAFE against other upsamplers, and detectors with CARAFE against those without.
 
 Examples:
-    python tools/benchmark.py
-    python tools/benchmark.py --cases base p3 --dtype float32 bfloat16 --layout channels_last
-    python tools/benchmark.py --detector
+    python -m carafe_d2.benchmark
+    python -m carafe_d2.benchmark --cases base p3 --dtype float32 bfloat16 --layout channels_last
+    python -m carafe_d2.benchmark --detector
 
 docs/benchmark.md says what the columns mean. The detectors need Detectron2, all else needs only
 PyTorch and, for the plot, matplotlib.
@@ -19,9 +18,10 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from benchmarking import report, upsampling
 
-from carafe_d2.errors import UserError, exit_on_user_error
+from ..errors import UserError, exit_on_user_error
+from ..files import MarkdownBlock
+from . import report, upsampling
 
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 
@@ -196,10 +196,8 @@ def benchmark_detectors(
     args: argparse.Namespace, device: torch.device, machine: dict
 ) -> list[report.Table]:
     if not find_spec("detectron2"):
-        raise UserError(
-            "--detector needs Detectron2; python tools/install_detectron2.py installs it"
-        )
-    from benchmarking import detectors
+        raise UserError("--detector needs Detectron2; python dev/install_detectron2.py installs it")
+    from . import detectors
 
     (layout,) = args.layout
     settings = {
@@ -229,7 +227,7 @@ def main(arguments: Sequence[str]) -> None:
     subject = "upsampling" if args.detector is None else "detectors"
     block = None
     if args.markdown:  # looked for first, because measuring takes minutes
-        block = report.MarkdownBlock(args.markdown, f"{subject} {device.type}")
+        block = MarkdownBlock(args.markdown, f"{subject} {device.type}")
     machine = report.describe_machine(device, arguments)
     print(report.machine_sentence(machine))
     benchmark = benchmark_upsamplers if args.detector is None else benchmark_detectors

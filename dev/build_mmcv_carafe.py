@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Builds CARAFE alone out of mmcv's sources, for tools/benchmark.py to compare with.
+"""Builds CARAFE alone out of mmcv's sources, for python -m carafe_d2.benchmark to compare with.
 
 Example:
     echo 'setuptools<81' > constraints.txt  # mmcv's setup.py needs pkg_resources
     PIP_CONSTRAINT=constraints.txt pip download mmcv==2.2.0 --no-binary mmcv --no-deps --use-pep517
-    python tools/build_mmcv_carafe.py mmcv-2.2.0.tar.gz
-    PYTHONPATH=output/mmcv python tools/benchmark.py
+    python dev/build_mmcv_carafe.py mmcv-2.2.0.tar.gz
+    PYTHONPATH=output/mmcv python -m carafe_d2.benchmark
 
 The result is a package `mmcv` with nothing in it but `mmcv.ops.carafe` and `mmcv.ops.CARAFEPack`:
 mmcv's own CUDA kernels, called by mmcv's own Python code. All operators of mmcv would take the

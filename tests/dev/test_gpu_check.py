@@ -1,4 +1,4 @@
-"""tools/gpu_check.py: stages, what they need, and the report. Nothing here needs a GPU."""
+"""dev/gpu_check.py: stages, what they need, and the report. Nothing here needs a GPU."""
 
 import json
 import re
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import gpu_check  # noqa: E402
-from gpu_check import Outcome, Plan  # noqa: E402
+from dev import gpu_check
+from dev.gpu_check import Outcome, Plan
+
+ROOT = Path(__file__).resolve().parents[2]
 
 MACHINE = {"date": "2020-02-02", "commit": "abc", "GPU": "a fast one", "PyTorch": "2.99"}
 
@@ -130,7 +130,7 @@ def test_report(fake_stages, tmp_path):
     assert "\npython -c " in failure
     assert "\noh no\n" in failure
     figures = report.split("\n## Figures\n")[1].split("\n## ")[0]
-    assert "\npython tools/benchmark.py --device cuda " in figures
+    assert "\npython -m carafe_d2.benchmark --device cuda " in figures
     assert "--markdown docs/benchmark.md" in figures
     assert str(ROOT) not in report
 
@@ -151,7 +151,7 @@ def test_report_is_there_before_the_end(fake_stages, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_says_in_one_line_that_there_is_no_gpu():
-    command = [sys.executable, ROOT / "tools" / "gpu_check.py"]
+    command = [sys.executable, ROOT / "dev" / "gpu_check.py"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stdout == ""

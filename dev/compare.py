@@ -5,9 +5,9 @@ Every run is train_net.py with the same config, schedule and seeds; only the ups
 and mask head differ. A stopped comparison goes on where it was when the command is repeated.
 
 Examples:
-    python tools/compare.py
-    python tools/compare.py --methods nearest,carafe --seeds 5 --output output/compare_5
-    python tools/compare.py --markdown docs/compare.md
+    python dev/compare.py
+    python dev/compare.py --methods nearest,carafe --seeds 5 --output output/compare_5
+    python dev/compare.py --markdown docs/compare.md
 """
 
 import argparse
@@ -72,7 +72,7 @@ RESERVED = {
     "OUTPUT_DIR": "--output",
 }
 # The part of a Markdown page that --markdown writes.
-BEGIN = "<!-- begin: tools/compare.py --markdown writes this -->"
+BEGIN = "<!-- begin: dev/compare.py --markdown writes this -->"
 END = "<!-- end -->"
 
 
@@ -507,7 +507,7 @@ def make_report(args: argparse.Namespace, cfg: CfgNode, runs: list[Run]) -> dict
                 "summary": summarize(list(seeds.values())),
                 "seeds": seeds,
             }
-    command = shlex.join(["python", "tools/compare.py", *sys.argv[1:]])
+    command = shlex.join(["python", "dev/compare.py", *sys.argv[1:]])
     return {"command": command, "settings": describe(args, cfg), "methods": methods}
 
 

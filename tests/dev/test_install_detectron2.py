@@ -1,4 +1,4 @@
-"""Tests of tools/install_detectron2.py."""
+"""Tests of dev/install_detectron2.py."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "tools" / "install_detectron2.py"
-_spec = importlib.util.spec_from_file_location("install_detectron2", SCRIPT)
-tool = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tool)
+from dev import install_detectron2 as tool
+
+SCRIPT = Path(__file__).resolve().parents[2] / "dev" / "install_detectron2.py"
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from carafe_d2 import CARAFEPack, carafe, carafe_naive
-from carafe_d2.reference import carafe_upsample_naive
+from ..ops import carafe
+from ..reference import carafe_naive, carafe_upsample_naive
+from ..upsample import CARAFEPack
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ PEERS = {
 def mmcv_peers() -> dict[str, Peer]:
     """The operator and the upsampler of mmcv; empty where there is none.
 
-    They come from an mmcv that is built with its operators, or from tools/build_mmcv_carafe.py.
+    They come from an mmcv that is built with its operators, or from dev/build_mmcv_carafe.py.
     mmcv takes every tensor for contiguous and would read another layout wrongly.
     """
     try:

@@ -15,16 +15,14 @@ from PIL import Image
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
-from carafe_d2 import mmdet
+from carafe_d2 import inference, mmdet
 from carafe_d2.config import load_config
 from carafe_d2.data import shapes
 from carafe_d2.data.build import CarafeDatasetMapper
 from carafe_d2.errors import UserError
+from tools import predict
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import inference  # noqa: E402
-import predict  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 CONFIG = str(ROOT / "configs" / "shapes_mask_rcnn_R18_FPN_carafe.yaml")
 CPU = ["MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TEST", "64"]

@@ -15,8 +15,10 @@ from detectron2.structures import Instances
 from PIL import UnidentifiedImageError
 from torch import nn
 
-from carafe_d2 import CarafeCheckpointer, mmdet
-from carafe_d2.errors import UserError
+from . import mmdet
+from .checkpoint import CarafeCheckpointer
+from .errors import UserError
+from .files import write_file
 
 
 def split_opts(values: Sequence[str], opts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -165,16 +167,3 @@ def save_image(path: str | Path, image: np.ndarray) -> None:
     except cv2.error as error:
         raise UserError(f"cannot write {path}: name it .png or .jpg") from error
     write_file(path, data.tobytes())
-
-
-def write_file(path: str | Path, data: bytes) -> None:
-    """Writes a file, and the folders above it where they are missing.
-
-    Raises:
-        UserError: it cannot be written there.
-    """
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_bytes(data)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error

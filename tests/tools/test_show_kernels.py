@@ -11,14 +11,12 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
-from carafe_d2 import carafe_naive
+from carafe_d2 import carafe_naive, inference
 from carafe_d2.config import load_config
 from carafe_d2.errors import UserError
+from tools import show_kernels
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import inference  # noqa: E402
-import show_kernels  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 CONFIG = str(ROOT / "configs" / "shapes_mask_rcnn_R18_FPN_carafe.yaml")
 # Images of 48 x 96 are seen as 128 x 256: cells of 1.5 pixels at p2, 24 at p6.

@@ -5,9 +5,9 @@ Each row of docs/results.json is a published result: a config, a checkpoint and 
 whose data and checkpoint can be had is evaluated by train_net.py; of the others it says why not.
 
 Examples:
-    python tools/reproduce.py
-    python tools/reproduce.py --rows mask_rcnn_2020_1000 --checkpoints ~/checkpoints --num-gpus 8
-    python tools/reproduce.py --weights trained
+    python dev/reproduce.py
+    python dev/reproduce.py --rows mask_rcnn_2020_1000 --checkpoints ~/checkpoints --num-gpus 8
+    python dev/reproduce.py --weights trained
 """
 
 import argparse
@@ -32,7 +32,7 @@ from carafe_d2.errors import UserError, exit_on_user_error
 
 ROOT = Path(__file__).resolve().parents[1]
 # The part of the page that this program writes.
-BEGIN = "<!-- begin: tools/reproduce.py writes this from results.json -->"
+BEGIN = "<!-- begin: dev/reproduce.py writes this from results.json -->"
 END = "<!-- end -->"
 WEIGHTS = ("published", "trained")
 

@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-import carafe_d2
-from carafe_d2.errors import UserError
-
+from ..version import __version__
 from .upsampling import FORWARD, FORWARD_BACKWARD, GROUPS, PASSES, Case, Result
 
 if TYPE_CHECKING:
@@ -34,8 +32,8 @@ def describe_machine(device: torch.device, arguments: Sequence[str]) -> dict:
     """What has to be known to read the times of a run, and to repeat it."""
     facts = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "tools/benchmark.py", *arguments]),
-        "carafe_d2": carafe_d2.__version__,
+        "command": shlex.join(["python", "python -m carafe_d2.benchmark", *arguments]),
+        "carafe_d2": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.platform(),
@@ -179,29 +177,6 @@ def detector_table(mode: str, size: Sequence[int], results: Iterable["DetectorRe
 def markdown(machine: dict, tables: Iterable[Table]) -> str:
     origin = f"Measured on {machine_sentence(machine)}, by `{machine['command']}`."
     return "\n\n".join([origin, *(table.markdown() for table in tables)])
-
-
-class MarkdownBlock:
-    """What stands in a page between `<!-- begin: NAME -->` and the next `<!-- end -->`.
-
-    Raises:
-        UserError: the file cannot be read, or has no such block, or more than one.
-    """
-
-    def __init__(self, path: Path, name: str):
-        self._path = path
-        begin, self._end = f"<!-- begin: {name} -->", "<!-- end -->"
-        try:
-            self._before, after = path.read_text().split(begin)
-            _, self._after = after.split(self._end, 1)
-        except OSError as error:
-            raise UserError(f"--markdown {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise UserError(f"--markdown {path}: has no block {begin} {self._end}") from error
-        self._before += begin
-
-    def write(self, text: str) -> None:
-        self._path.write_text(f"{self._before}\n{text}\n{self._end}{self._after}")
 
 
 # ------------------------------------------------------------------------------------- JSON

@@ -1,0 +1,50 @@
+"""Writing what programs leave behind: whole files, and blocks of a Markdown page."""
+
+import os
+from pathlib import Path
+
+from .errors import UserError
+
+
+def write_file(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file so that under its name there is never a part of it.
+
+    Folders above it that are missing are made. An interruption leaves the old file, or none.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+class MarkdownBlock:
+    """What stands in a page between ``<!-- begin: NAME -->`` and the next ``<!-- end -->``.
+
+    Made before anything is measured, for measuring takes minutes.
+
+    Raises:
+        UserError: the page cannot be read, or has no such block, or more than one.
+    """
+
+    def __init__(self, page: str | os.PathLike, name: str):
+        self._page = page
+        begin, self._end = f"<!-- begin: {name} -->", "<!-- end -->"
+        try:
+            self._before, after = Path(page).read_text().split(begin)
+            _, self._after = after.split(self._end, 1)
+        except OSError as error:
+            raise UserError(f"cannot read {page}: {error.strerror}") from error
+        except ValueError as error:
+            raise UserError(f"{page} has no block {begin} {self._end}") from error
+        self._before += begin
+
+    def write(self, content: str) -> None:
+        """Replaces what stands in the block; the page is written whole or not at all."""
+        write_file(self._page, f"{self._before}\n\n{content.strip()}\n\n{self._end}{self._after}")
