@@ -2,14 +2,17 @@
 
 Upsampling modules are swapped by name. A call of ``F.interpolate`` inside a forward pass is no
 module, so it is known by its place: the k-th that one run of its module, the *owner*, makes itself.
-The owner gets the CARAFEPacks as children and a subclass of its class whose forward pass runs under
-a ``TorchFunctionMode`` that sends those calls to them. Nothing global is patched, and the model
-is saved, copied, trained, compiled and exported like any other. Nothing here needs Detectron2.
+The owner gets the CARAFEPacks as children, and forward hooks that put its forward pass under a
+``TorchFunctionMode`` that sends those calls to them. Nothing global is patched, every module keeps
+its class, and the model is saved, copied, trained, compiled and exported like any other. Nothing
+here needs Detectron2.
 """
 
 import copy
-import functools
 import inspect
+import sys
+import threading
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -132,8 +135,9 @@ def replace_upsampling(
     forward pass that interpolates more or less often than with the example.
 
     Call it before the optimizer is made and before compiling, sharding or wrapping the model.
-    ``torch.jit.script`` cannot read a module whose ``F.interpolate`` was replaced, and activation
-    checkpointing has to hold such a module as a whole.
+    ``torch.jit.script`` cannot read a module whose ``F.interpolate`` was replaced, activation
+    checkpointing has to hold such a module as a whole, and whoever calls its ``forward`` rather
+    than the module passes by the hooks that redirect it.
 
     Args:
         model: the model, on the device and in the dtype it is to have.
@@ -245,32 +249,101 @@ def _crop(upsampled: Tensor, size: Sequence[int], scale: int) -> Tensor:
 # ------------------------------------------------------- F.interpolate at run time
 
 
-class _Redirect(TorchFunctionMode):
-    """Sends the interpolations of one forward pass of ``owner`` to its CARAFEPacks."""
+class _Packs(nn.ModuleDict):
+    """The CARAFEPacks of an owner, by the number of the call that they replace.
 
-    def __init__(self, owner: "_Owner"):
+    Attributes:
+        order: for every interpolation within a forward pass of the owner, those of modules further
+            in included that no other owner replaces, the key of its CARAFEPack or None.
+    """
+
+    def __init__(self, packs: dict[str, CARAFEPack], order: tuple[str | None, ...]):
+        super().__init__(packs)
+        self.order = order
+
+    def attach(self, owner: nn.Module) -> None:
+        """Makes this a child of ``owner`` and redirects the owner's interpolations to it."""
+        owner.carafe_upsample = self.train(owner.training)
+        # Kept because unpickling a handle reserves its number, so that no later hook overwrites it.
+        self.handles = [
+            owner.register_forward_pre_hook(_begin),
+            owner.register_forward_hook(_end, prepend=True, always_call=True),
+            owner.register_forward_hook(_check_count, prepend=True),  # so it runs before _end
+        ]
+
+
+class _Redirect(TorchFunctionMode):
+    """Sends the interpolations of one forward pass to CARAFEPacks."""
+
+    def __init__(self, packs: _Packs):
         super().__init__()
-        self.owner = owner
+        self.packs = packs
         self.count = 0
+        # Of the module's call: above this method and the hook.
+        self.frame = None if torch.compiler.is_compiling() else sys._getframe(2)
+
+    def is_abandoned(self) -> bool:
+        """Whether the forward pass has ended without its hooks, as KeyboardInterrupt ends it."""
+        if torch.compiler.is_compiling() or self.frame is None:
+            return False
+        return all(frame is not self.frame for frame, _ in traceback.walk_stack(sys._getframe()))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not F.interpolate:
+        if func is not F.interpolate or self.is_abandoned():
             return func(*args, **kwargs)
-        order = self.owner.carafe_order
+        order = self.packs.order
         key = order[self.count] if self.count < len(order) else None
         self.count += 1
         if key is None:
             return func(*args, **kwargs)  # an owner further out may have a CARAFEPack for it
-        return _interpolate(self.owner.carafe_upsample[key], *args, **kwargs)
+        return _interpolate(self.packs[key], *args, **kwargs)
 
-    def check(self) -> None:
-        if self.count != len(self.owner.carafe_order):
-            raise RuntimeError(
-                f"{type(self.owner).__name__} interpolated {self.count} times, but "
-                f"{len(self.owner.carafe_order)} times with the example inputs of "
-                "replace_upsampling, so its CARAFEPacks cannot be told apart; exclude it there"
-            )
+
+class _Thread(threading.local):
+    """The redirects that are in force in a thread, outermost first."""
+
+    def __init__(self) -> None:
+        self.redirects: list[_Redirect] = []
+
+    def current(self, owner: nn.Module) -> _Redirect | None:
+        """The redirect of the owner's running forward pass, without abandoned ones above it."""
+        while self.redirects and self.redirects[-1].is_abandoned():
+            self.pop()
+        if self.redirects and self.redirects[-1].packs is owner.carafe_upsample:
+            return self.redirects[-1]
+        return None  # another hook failed before the forward pass began
+
+    def pop(self) -> None:
+        self.redirects.pop().__exit__(None, None, None)
+
+
+_thread = _Thread()
+
+
+# Functions rather than methods: DataParallel's replicas share the hooks, but not the CARAFEPacks.
+def _begin(owner: nn.Module, _) -> None:
+    _thread.current(owner)
+    redirect = _Redirect(owner.carafe_upsample)  # type: ignore[arg-type]
+    redirect.__enter__()
+    _thread.redirects.append(redirect)
+
+
+def _check_count(owner: nn.Module, *_) -> None:
+    redirect = _thread.current(owner)
+    assert redirect is not None
+    expected = len(redirect.packs.order)
+    if redirect.count != expected:
+        raise RuntimeError(
+            f"{type(owner).__name__} interpolated {redirect.count} times, but {expected} times "
+            "with the example inputs of replace_upsampling, so its CARAFEPacks cannot be told "
+            "apart; exclude it there"
+        )
+
+
+def _end(owner: nn.Module, *_) -> None:
+    if _thread.current(owner):
+        _thread.pop()
 
 
 def _interpolate(pack: CARAFEPack, input: Tensor, size=None, scale_factor=None, *_, **__) -> Tensor:
@@ -284,45 +357,6 @@ def _interpolate(pack: CARAFEPack, input: Tensor, size=None, scale_factor=None, 
 
 def _pair(value) -> tuple:
     return tuple(value) if isinstance(value, Sequence) else (value, value)
-
-
-class _Owner(nn.Module):
-    """Base of the classes that :func:`_owner_class` makes.
-
-    Attributes:
-        carafe_upsample: the CARAFEPacks by the number of the call that they replace.
-        carafe_order: for every interpolation within a forward pass, those of modules further in
-            included that no other owner replaces, the key of its CARAFEPack or None.
-    """
-
-    carafe_upsample: nn.ModuleDict
-    carafe_order: tuple[str | None, ...]
-
-    def __reduce_ex__(self, protocol):
-        # The class is made at run time: pickle and deepcopy make it again from the original one.
-        _, (cls, *arguments), *state = super().__reduce_ex__(max(protocol, 2))
-        return _new_owner, (cls.__bases__[1], *arguments), *state
-
-
-@functools.cache
-def _owner_class(cls: type[nn.Module]) -> type[_Owner]:
-    """A subclass of ``cls`` whose forward pass has its interpolations redirected."""
-
-    @functools.wraps(cls.forward)
-    def forward(self, *args, **kwargs):
-        redirect = _Redirect(self)
-        with redirect:
-            output = cls.forward(self, *args, **kwargs)
-        redirect.check()
-        return output
-
-    names = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(cls)(f"Carafe{cls.__name__}", (_Owner, cls), names)  # type: ignore[misc]
-
-
-def _new_owner(cls: type[nn.Module], *arguments) -> _Owner:
-    cls = _owner_class(cls)  # type: ignore[arg-type]
-    return cls.__new__(cls, *arguments)
 
 
 # ----------------------------------------------------- what the example shows
@@ -386,7 +420,7 @@ class _Recorder(TorchFunctionMode):
 
     _signature = inspect.signature(F.interpolate)
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.runs: list[_Run] = []
         self.running: list[_Run] = []
@@ -478,52 +512,42 @@ def _transposed_factor(module: nn.ConvTranspose2d) -> tuple[int, tuple[int, ...]
 
 def _owner_obstacle(owner: nn.Module) -> str:
     """Why the interpolations of a module cannot be redirected, or ""."""
-    cls = type(owner)
-    if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        return f"{cls.__name__} would run a CARAFEPack as one of its layers"
-    if "forward" in vars(owner):
-        return f"the forward of {cls.__name__} is set on the instance"
-    if (
-        cls.__reduce_ex__ is not object.__reduce_ex__
-        or cls.__reduce__ is not object.__reduce__
-        or hasattr(cls, "__deepcopy__")
-    ):
-        return f"{cls.__name__} has a way of its own to be copied"
+    if isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return f"{type(owner).__name__} would run a CARAFEPack as one of its layers"
     return ""
+
+
+def _is_owner(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "carafe_upsample", None), _Packs)
 
 
 def _earlier_owner(call: _Call) -> str:
     """Says if the call is in a module whose calls have numbers already, which must not change."""
-    owner = next((run.module for run in call.runs if isinstance(run.module, _Owner)), None)
-    return f"within {type(owner).__name__}, which an earlier call has made" if owner else ""
+    owner = next((run.module for run in call.runs if _is_owner(run.module)), None)
+    return f"within {type(owner).__name__}, which an earlier call has changed" if owner else ""
 
 
 def _count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+@dataclass
 class _Plan:
     """What is to be changed in one model."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        options: dict[str, int],
-        include: Sequence[str] | None,
-        exclude: Sequence[str],
-        max_scale: int,
-    ):
-        self.model = model
-        self.options = options
-        self.include = include
-        self.exclude = exclude
-        self.max_scale = max_scale
-        self.sites: list[UpsamplingSite] = []
-        self._modules: dict[nn.Module, nn.Module] = {}  # what each is replaced by
-        self._owners: dict[nn.Module, tuple[dict[str, CARAFEPack], tuple]] = {}
-        self._planned: set[_Call] = set()  # calls of modules that have a site of their own
-        self._replaced: set[_Call] = set()
-        self._see_through: set[nn.Module] = set()  # their calls count as those of their callers
+    model: nn.Module
+    options: dict[str, int]
+    include: Sequence[str] | None
+    exclude: Sequence[str]
+    max_scale: int
+    sites: list[UpsamplingSite] = field(default_factory=list)
+    _modules: dict[nn.Module, nn.Module] = field(default_factory=dict)  # what each is replaced by
+    _owners: dict[nn.Module, _Packs] = field(default_factory=dict)
+    # Calls of modules that have a site of their own.
+    _planned: set[_Call] = field(default_factory=set)
+    _replaced: set[_Call] = field(default_factory=set)
+    # Their calls count as those of their callers.
+    _see_through: set[nn.Module] = field(default_factory=set)
 
     def _objection(self, name: str, scale: int, channels: int) -> str:
         """Why a place that can have CARAFE is left alone all the same, or ""."""
@@ -627,7 +651,7 @@ class _Plan:
             for run in runs
         }
         reason = ""
-        if isinstance(owner, _Owner):
+        if _is_owner(owner):
             reason = "an earlier call has given the module's calls their numbers"
         elif len(kinds) > 1 or len(orders) > 1:
             reason = "its calls differ from one run of the module to another"
@@ -643,17 +667,16 @@ class _Plan:
                 packs[numbers[call]] = pack
         if packs:
             (order,) = orders
-            self._owners[owner] = packs, tuple(key if key in packs else None for key in order)
+            order = tuple(key if key in packs else None for key in order)
+            self._owners[owner] = _Packs(packs, order)
             self._replaced.update(call for call, key in numbers.items() if key in packs)
 
     def carry_out(self) -> None:
         for name, module in list(self.model.named_modules(remove_duplicate=False)):
             if module in self._modules:
                 self.model.set_submodule(name, self._modules[module].train(module.training))
-        for owner, (packs, order) in self._owners.items():
-            owner.carafe_upsample = nn.ModuleDict(packs).train(owner.training)
-            owner.carafe_order = order  # type: ignore[assignment]
-            owner.__class__ = _owner_class(type(owner))  # type: ignore[arg-type]
+        for owner, packs in self._owners.items():
+            packs.attach(owner)
 
 
 def _check(model: nn.Module, example_inputs: tuple, names: list[str]) -> None:
