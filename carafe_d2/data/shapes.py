@@ -6,21 +6,19 @@ Textured shapes with thin, concave and hollow parts overlap on a textured backgr
 mask head upsamples shows at the mask borders. Image `i` of a split depends on nothing but the seed,
 the split, `i`, the image size and the object limit.
 
-Generation can be stopped at any time. Each finished image goes into a journal next to the
-annotation file, `instances_<split>.partial.jsonl`: first line the spec, then a line per image. The
-next run with the same spec goes on from there; the annotation file appears at the very end.
+A split is generated aside and put in its place when it is whole, its annotation file last.
+Generation can be stopped at any time: until then, what was there before stays.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -28,6 +26,7 @@ from pycocotools import mask as mask_util
 from tqdm import tqdm
 
 from ..errors import UserError, exit_on_user_error
+from ..files import write_file
 from .builtin import CATEGORIES, SPLITS, annotation_file, datasets_root, image_dir
 
 VERSION = 1  # raise when the same spec gives other images or annotations than before
@@ -264,45 +263,11 @@ def mask_to_coco(mask: np.ndarray) -> list[list[int]] | dict:
     return polygons
 
 
-def _record(spec: ShapesSpec, index: int, objects: list[tuple[str, np.ndarray]]) -> dict:
-    """Returns an image's part of the COCO JSON, annotation ids excepted."""
-    annotations = []
-    for category, mask in objects:
-        annotations.append(
-            {
-                "image_id": index + 1,
-                "category_id": CATEGORIES.index(category) + 1,
-                "iscrowd": 0,
-                "area": int(mask.sum()),
-                "bbox": list(cv2.boundingRect(mask.astype(np.uint8))),
-                "segmentation": mask_to_coco(mask),
-            }
-        )
-    image = {
-        "id": index + 1,
-        "file_name": _file_name(index),
-        "height": spec.size,
-        "width": spec.size,
-    }
-    return {"image": image, "annotations": annotations}
-
-
 # --- Files ---
 
 
 def _file_name(index: int) -> str:
     return f"{index:06d}.png"
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file so that under its name there is never a part of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-
-
-def _encode_line(value: dict) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
 def _is_complete(root: Path, spec: ShapesSpec) -> bool:
@@ -317,51 +282,8 @@ def _is_complete(root: Path, spec: ShapesSpec) -> bool:
     )
 
 
-@contextlib.contextmanager
-def _open_journal(root: Path, spec: ShapesSpec) -> Iterator[tuple[BinaryIO, dict[int, dict]]]:
-    """Opens the journal of a split, begun anew unless it is one of the same spec.
-
-    Yields:
-        The file, at its end, and the records of the finished images by index.
-
-    Raises:
-        UserError: Another process holds the journal.
-    """
-    path = annotation_file(root, spec.split).with_suffix(".partial.jsonl")
-    header = _encode_line(dataclasses.asdict(spec))
-    with path.open("a+b") as journal:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is generating {path.parent.parent}") from None
-        except OSError:
-            pass  # some network file systems have no locks
-        journal.seek(0)
-        records = {}
-        if journal.readline() == header:
-            end = journal.tell()
-            for line in journal:
-                if not line.endswith(b"\n"):  # the last one, torn by a kill in mid-write
-                    break
-                record = json.loads(line)
-                if (image_dir(root, spec.split) / record["image"]["file_name"]).is_file():
-                    records[record["image"]["id"] - 1] = record
-                end += len(line)
-            journal.truncate(end)
-        else:
-            # Annotations first: those of one spec must never lie beside images of another.
-            annotation_file(root, spec.split).unlink(missing_ok=True)
-            for image in image_dir(root, spec.split).glob("[0-9]*.png*"):
-                image.unlink()
-            journal.truncate(0)
-            journal.write(header)
-            journal.flush()
-        yield journal, records
-        path.unlink(missing_ok=True)  # not reached after an exception
-
-
 def generate_split(root: str | os.PathLike, spec: ShapesSpec) -> bool:
-    """Generates a split, or what of it is still missing, and prints what it does.
+    """Generates a split, unless it is there, and prints what it does.
 
     Args:
         root: The datasets root; files go below its folder `shapes`.
@@ -371,7 +293,7 @@ def generate_split(root: str | os.PathLike, spec: ShapesSpec) -> bool:
         False if the split was complete already.
 
     Raises:
-        UserError: A file cannot be written, or another process generates the same split.
+        UserError: A file cannot be written.
     """
     root = Path(root)
     images, annotations = image_dir(root, spec.split), annotation_file(root, spec.split)
@@ -381,62 +303,69 @@ def generate_split(root: str | os.PathLike, spec: ShapesSpec) -> bool:
             return False
         if annotations.exists():
             print(f"not what is asked for, or images are missing: generating {images} anew")
-        images.mkdir(parents=True, exist_ok=True)
-        annotations.parent.mkdir(parents=True, exist_ok=True)
-        with _open_journal(root, spec) as (journal, records):
-            _generate_images(root, spec, journal, records)
-            _write_atomically(annotations, _encode_line(_assemble(spec, records)))
+        images.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{spec.split}.", dir=images.parent) as aside:
+            unfinished = Path(aside) / spec.split
+            unfinished.mkdir()
+            coco = _generate(unfinished, spec)
+            # Annotations of one spec must never lie beside images of another.
+            annotations.unlink(missing_ok=True)
+            if images.exists():
+                shutil.rmtree(images)
+            unfinished.rename(images)
     except OSError as error:
         path = error.filename or images
         raise UserError(f"cannot generate shapes: {path}: {error.strerror}") from error
+    write_file(annotations, json.dumps(coco, separators=(",", ":")) + "\n")
     print(f"generated {spec.images} images in {images}")
     return True
 
 
-def _generate_images(
-    root: Path, spec: ShapesSpec, journal: BinaryIO, records: dict[int, dict]
-) -> None:
-    """Writes the images that `records` lacks, and their records into it and into the journal."""
-    bar = tqdm(
-        desc=f"shapes/{spec.split}",
-        initial=len(records),
-        total=spec.images,
-        unit="image",
-    )
-    with bar:
-        for index in range(spec.images):
-            if index in records:
-                continue
-            image, objects = render(spec, index)
-            # Compression 1: hardly larger with grain in the image, and much quicker.
-            png = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
-            _write_atomically(image_dir(root, spec.split) / _file_name(index), png.tobytes())
-            records[index] = _record(spec, index, objects)
-            journal.write(_encode_line(records[index]))
-            journal.flush()
-            bar.update()
-
-
-def _assemble(spec: ShapesSpec, records: dict[int, dict]) -> dict:
-    """Returns the COCO JSON of a split."""
-    ordered = [records[i] for i in range(spec.images)]
-    annotations = [a for record in ordered for a in record["annotations"]]
+def _generate(folder: Path, spec: ShapesSpec) -> dict:
+    """Writes the images of a split into a folder; returns its COCO JSON."""
+    images: list[dict] = []
+    annotations: list[dict] = []
+    for index in tqdm(range(spec.images), desc=f"shapes/{spec.split}", unit="image"):
+        image, objects = render(spec, index)
+        # Compression 1: hardly larger with grain in the image, and much quicker.
+        png = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
+        (folder / _file_name(index)).write_bytes(png.tobytes())
+        images.append(
+            {
+                "id": index + 1,
+                "file_name": _file_name(index),
+                "height": spec.size,
+                "width": spec.size,
+            }
+        )
+        for category, mask in objects:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": index + 1,
+                    "category_id": CATEGORIES.index(category) + 1,
+                    "iscrowd": 0,
+                    "area": int(mask.sum()),
+                    "bbox": list(cv2.boundingRect(mask.astype(np.uint8))),
+                    "segmentation": mask_to_coco(mask),
+                }
+            )
     return {
         "info": {"description": "carafe_d2 shapes", "spec": dataclasses.asdict(spec)},
         "categories": [
             {"id": i, "name": name, "supercategory": "shape"}
             for i, name in enumerate(CATEGORIES, start=1)
         ],
-        "images": [record["image"] for record in ordered],
-        "annotations": [{"id": i, **a} for i, a in enumerate(annotations, start=1)],
+        "images": images,
+        "annotations": annotations,
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line of the generator."""
     parser = argparse.ArgumentParser(
         prog="python -m carafe_d2.data.shapes",
-        description="Generate the shapes dataset; a stopped run is continued by the next one.",
+        description="Generate the shapes dataset; a split that is complete already is kept.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--train", type=int, default=1600, help="number of training images")
@@ -462,5 +391,5 @@ if __name__ == "__main__":
         try:
             main()
         except KeyboardInterrupt:
-            print("\ninterrupted: run the same command to continue", file=sys.stderr)
+            print("\ninterrupted: nothing is kept of an unfinished split", file=sys.stderr)
             sys.exit(130)

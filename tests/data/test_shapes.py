@@ -40,10 +40,6 @@ def annotations_path(root, split="train"):
     return root / "shapes" / "annotations" / f"instances_{split}.json"
 
 
-def journal_path(root):
-    return annotations_path(root).with_suffix(".partial.jsonl")
-
-
 def interrupt_at(monkeypatch, index):
     """Makes generation stop as Ctrl-C does, when it comes to an image."""
 
@@ -175,84 +171,54 @@ class TestRepeating:
         assert generate_split(tmp_path, SPEC) is True
         assert contents(tmp_path) == contents(dataset)
 
-    def test_stopped_change_of_spec_leaves_no_annotations(self, tmp_path, monkeypatch):
-        """The images of one spec are never found beside the annotations of another."""
+    def test_interrupted_generation_leaves_what_was_there(self, tmp_path, monkeypatch):
         generate_split(tmp_path, ShapesSpec("train", images=4, size=32))
+        before = contents(tmp_path)
         interrupt_at(monkeypatch, 2)
         with pytest.raises(KeyboardInterrupt):
             generate_split(tmp_path, ShapesSpec("train", images=4, size=32, seed=1))
+        assert contents(tmp_path) == before
+
+    def test_images_of_one_spec_never_lie_beside_annotations_of_another(
+        self, tmp_path, monkeypatch
+    ):
+        """Not even for the moment in which a split is replaced."""
+
+        def no_space_left(*_):
+            raise UserError("no space left")
+
+        generate_split(tmp_path, ShapesSpec("train", images=4, size=32))
+        monkeypatch.setattr(shapes, "write_file", no_space_left)
+        with pytest.raises(UserError):
+            generate_split(tmp_path, ShapesSpec("train", images=4, size=32, seed=1))
         assert not annotations_path(tmp_path).exists()
 
-
-class TestInterruption:
-    @pytest.mark.parametrize("tail", [b"", b'{"image":{"id":21,"fi', b"\0" * 40])
-    def test_next_runs_continue(self, dataset, tmp_path, monkeypatch, tail):
-        """`tail` is what a kill in the middle of a write leaves at the journal's end."""
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, 20)
-            with pytest.raises(KeyboardInterrupt):
-                generate_split(tmp_path, SPEC)
-        assert not annotations_path(tmp_path).exists()
-        with journal_path(tmp_path).open("ab") as journal:
-            journal.write(tail)
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, 30)
-            with pytest.raises(KeyboardInterrupt):
-                generate_split(tmp_path, SPEC)
-
-        drawn = []
-        monkeypatch.setattr(shapes, "render", lambda s, i: drawn.append(i) or render(s, i))
-        generate_split(tmp_path, SPEC)
-        assert drawn == list(range(30, 60))
-        assert annotations_path(tmp_path).read_bytes() == annotations_path(dataset).read_bytes()
-        assert contents(tmp_path / "shapes/train") == contents(dataset / "shapes/train")
-        assert not journal_path(tmp_path).exists()
-
-    def test_journal_of_another_spec_is_not_continued(self, dataset, tmp_path, monkeypatch):
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, 20)
-            with pytest.raises(KeyboardInterrupt):
-                generate_split(tmp_path, ShapesSpec("train", images=60, size=64, seed=1))
-        generate_split(tmp_path, SPEC)
-        assert contents(tmp_path / "shapes/train") == contents(dataset / "shapes/train")
-
-    def test_killed_then_interrupted_process(self, tmp_path):
-        """SIGKILL, then Ctrl-C, then a full run: the same bytes as from a run in one go."""
-        options = ["--train", "600", "--val", "2", "--size", "32", "--root"]
-        stopped, reference = tmp_path / "stopped", tmp_path / "reference"
-        command = [sys.executable, "-m", "carafe_d2.data.shapes", *options, str(stopped)]
-        package_parent = Path(shapes.__file__).parents[2]
-        done = 0
-        for sent, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-            process = subprocess.Popen(
-                command,
-                cwd=package_parent,
-                stderr=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                # A job that a shell put into the background ignores it, and so would the process.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )
-            while self.finished_images(stopped) < done + 20:
-                assert process.poll() is None, process.stderr.read()
-                time.sleep(0.005)
-            process.send_signal(sent)
-            stderr = process.communicate(timeout=60)[1].decode()
-            assert process.returncode == code, stderr
-            done = self.finished_images(stopped)
-        assert stderr.splitlines()[-1] == "interrupted: run the same command to continue"
-        assert "Traceback" not in stderr
-        assert not annotations_path(stopped).exists()
-
-        main([*options, str(stopped)])
-        main([*options, str(reference)])
-        assert contents(stopped) == contents(reference)
-
-    @staticmethod
-    def finished_images(root):
-        try:
-            return journal_path(root).read_bytes().count(b"\n") - 1
-        except FileNotFoundError:
-            return 0
+    @pytest.mark.parametrize(
+        ("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]
+    )
+    def test_stopped_process(self, tmp_path, sent, code):
+        command = [sys.executable, "-m", "carafe_d2.data.shapes", "--train", "20000"]
+        process = subprocess.Popen(
+            [*command, "--size", "32", "--root", str(tmp_path)],
+            cwd=Path(shapes.__file__).parents[2],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            # A job that a shell put into the background ignores it, and so would the process.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        while len(list(tmp_path.rglob("*.png"))) < 20:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(sent)
+        stderr = process.communicate(timeout=60)[1].decode()
+        assert process.returncode == code, stderr
+        assert not (tmp_path / "shapes" / "train").exists()
+        if sent == signal.SIGINT:
+            assert stderr.splitlines()[-1].startswith("interrupted: ")
+            assert "Traceback" not in stderr
+            assert not contents(tmp_path)
+        assert generate_split(tmp_path, ShapesSpec("train", images=2, size=32)) is True
+        assert len(list((tmp_path / "shapes" / "train").iterdir())) == 2
 
 
 class TestErrors:
@@ -277,25 +243,16 @@ class TestErrors:
         with pytest.raises(UserError, match=f"cannot generate shapes: {root}.*Not a directory"):
             generate_split(root, SPEC)
 
-    def test_no_space_left_is_continued_later(self, dataset, tmp_path, monkeypatch):
-        def full_disk(source, target):
-            raise OSError(28, os.strerror(28), str(target))
+    def test_no_space_left(self, dataset, tmp_path, monkeypatch):
+        def full_disk(path, content):
+            raise OSError(28, os.strerror(28), str(path))
 
         with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", full_disk)
+            patch.setattr(Path, "write_bytes", full_disk)
             with pytest.raises(UserError, match=r"000000\.png: No space left on device"):
                 generate_split(tmp_path, SPEC)
         generate_split(tmp_path, SPEC)
         assert contents(tmp_path / "shapes/train") == contents(dataset / "shapes/train")
-
-    def test_two_processes_at_once(self, tmp_path):
-        spec = ShapesSpec("train", images=2, size=32)
-        annotations_path(tmp_path).parent.mkdir(parents=True)
-        with (
-            shapes._open_journal(tmp_path, spec),
-            pytest.raises(UserError, match="another process is generating"),
-        ):
-            generate_split(tmp_path, spec)
 
 
 class TestDetectron2:
