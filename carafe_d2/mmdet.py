@@ -8,9 +8,9 @@ no prediction uses. Names and orders come from the modules of MMDetection 1.x, 2
 """
 
 import dataclasses
-import functools
+import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -19,62 +19,8 @@ from .errors import UserError
 
 LAYOUTS = ("1.x", "2.x")
 
-# Modules by their names in MMDetection and in Detectron2. {i} stands for a number that both names
-# contain, {i+1} for the one after it; L is the finest level of the pyramid.
-_BACKBONE = [
-    ("backbone.conv1", "backbone.bottom_up.stem.conv1"),
-    ("backbone.bn1", "backbone.bottom_up.stem.conv1.norm"),
-    ("backbone.layer{s}.{b}.conv{c}", "backbone.bottom_up.res{s+1}.{b}.conv{c}"),
-    ("backbone.layer{s}.{b}.bn{c}", "backbone.bottom_up.res{s+1}.{b}.conv{c}.norm"),
-    ("backbone.layer{s}.{b}.downsample.0", "backbone.bottom_up.res{s+1}.{b}.shortcut"),
-    ("backbone.layer{s}.{b}.downsample.1", "backbone.bottom_up.res{s+1}.{b}.shortcut.norm"),
-]
-_NECK = [
-    ("neck.lateral_convs.{i}.conv", "backbone.fpn_lateral{i+L}"),
-    ("neck.lateral_convs.{i}.bn", "backbone.fpn_lateral{i+L}.norm"),
-    ("neck.fpn_convs.{i}.conv", "backbone.fpn_output{i+L}"),
-    ("neck.fpn_convs.{i}.bn", "backbone.fpn_output{i+L}.norm"),
-    # Both number an upsampler by the finer of its two levels.
-    (
-        "neck.upsample_modules.{i}.channel_compressor",
-        "backbone.fpn_upsample{i+L}.channel_compressor",
-    ),
-    ("neck.upsample_modules.{i}.content_encoder", "backbone.fpn_upsample{i+L}.content_encoder"),
-    ("neck.upsample_modules.{i}.upsample_conv", "backbone.fpn_upsample{i+L}.upsample_conv"),
-    ("neck.upsample_modules.{i}", "backbone.fpn_upsample{i+L}"),  # deconvolution
-]
-# The plain pyramid of RetinaNet: p6 and p7 come from c5 and take no part in the top-down path.
-_RETINANET_TOP_BLOCK = [
-    ("neck.fpn_convs.3.conv", "backbone.top_block.p6"),
-    ("neck.fpn_convs.4.conv", "backbone.top_block.p7"),
-]
-_RPN_HEAD = [
-    ("rpn_head.rpn_conv", "proposal_generator.rpn_head.conv"),
-    ("rpn_head.rpn_cls", "proposal_generator.rpn_head.objectness_logits"),
-    ("rpn_head.rpn_reg", "proposal_generator.rpn_head.anchor_deltas"),
-]
-_ROI_HEADS = [
-    ("bbox_head.shared_convs.{i}.conv", "roi_heads.box_head.conv{i+1}"),
-    ("bbox_head.shared_convs.{i}.bn", "roi_heads.box_head.conv{i+1}.norm"),
-    ("bbox_head.shared_fcs.{i}", "roi_heads.box_head.fc{i+1}"),
-    ("bbox_head.fc_cls", "roi_heads.box_predictor.cls_score"),
-    ("bbox_head.fc_reg", "roi_heads.box_predictor.bbox_pred"),
-    ("mask_head.convs.{i}.conv", "roi_heads.mask_head.mask_fcn{i+1}"),
-    ("mask_head.convs.{i}.bn", "roi_heads.mask_head.mask_fcn{i+1}.norm"),
-    ("mask_head.upsample.channel_compressor", "roi_heads.mask_head.upsample.channel_compressor"),
-    ("mask_head.upsample.content_encoder", "roi_heads.mask_head.upsample.content_encoder"),
-    ("mask_head.upsample", "roi_heads.mask_head.deconv"),
-    ("mask_head.conv_logits", "roi_heads.mask_head.predictor"),
-]
-_RETINANET_HEAD = [
-    # Detectron2 counts the ReLUs in between.
-    *((f"bbox_head.cls_convs.{i}.conv", f"head.cls_subnet.{2 * i}") for i in range(8)),
-    *((f"bbox_head.reg_convs.{i}.conv", f"head.bbox_subnet.{2 * i}") for i in range(8)),
-    ("bbox_head.retina_cls", "head.cls_score"),
-    ("bbox_head.retina_reg", "head.bbox_pred"),
-]
-
-_FIELD = re.compile(r"\{(\w)(?:\+(\d))?\}")
+# More blocks in a stage, levels of a pyramid, and layers in a head than any model has.
+_MOST_BLOCKS, _MOST_LAYERS = 100, 16
 _CLASSES = "roi_heads.box_predictor.cls_score"
 # What 1.x also predicts for the background, and how many rows each class has in it.
 _ROWS_OF_A_CLASS = {"roi_heads.box_predictor.bbox_pred": 4, "roi_heads.mask_head.predictor": 1}
@@ -105,7 +51,7 @@ def find_state_dict(content) -> Mapping[str, Tensor] | None:
         return None
     theirs = ("backbone.layer", "neck.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.")
     ours = ("backbone.bottom_up.", "proposal_generator.", "roi_heads.")
-    if any(map(_startswith(ours), content)) or not any(map(_startswith(theirs), content)):
+    if _any_starts_with(ours, content) or not _any_starts_with(theirs, content):
         return None
     return content
 
@@ -120,16 +66,16 @@ def to_detectron2(state_dict: Mapping[str, Tensor]) -> Converted:
     Raises:
         UserError: the number of rows of the predictors is that of neither layout.
     """
-    roi_heads = not any(map(_startswith("bbox_head.retina_"), state_dict))
-    heads_at_the_top = any(map(_startswith(("bbox_head.", "mask_head.")), state_dict))
+    roi_heads = not _any_starts_with("bbox_head.retina_", state_dict)
+    heads_at_the_top = _any_starts_with(("bbox_head.", "mask_head."), state_dict)
     layout = "1.x" if roi_heads and heads_at_the_top else "2.x"
     # In FPN_CARAFE every level has a lateral convolution.
     top_block = "neck.lateral_convs.3.conv.weight" not in state_dict
-    table = _table(layout, roi_heads=roi_heads, top_block=top_block)
+    modules = dict(_modules(layout, roi_heads=roi_heads, top_block=top_block))
 
     converted = Converted({}, layout, {}, [])
     for name, tensor in state_dict.items():
-        new_name = _translate(name, table)
+        new_name = _rename(name, modules)
         if new_name is None:
             converted.unknown.append(name)
         else:
@@ -161,14 +107,14 @@ def to_mmdet(
     Raises:
         UserError: something in weights has no place in MMDetection's models.
     """
-    roi_heads = not any(map(_startswith("head."), weights))
-    table = _table(layout, roi_heads=roi_heads, top_block=True)
-    table = [(ours, theirs) for theirs, ours in table]
+    roi_heads = not _any_starts_with("head.", weights)
+    pairs = _modules(layout, roi_heads=roi_heads, top_block=True)
+    modules = {ours: theirs for theirs, ours in pairs}
 
     weights = dict(weights)
     for name in [name for name in weights if _is_constant(name)]:
         del weights[name]
-    names = {name: new for name in weights if (new := _translate(name, table)) is not None}
+    names = {name: new for name in weights if (new := _rename(name, modules)) is not None}
     unknown = [name for name in weights if name not in names]
     # Only batch normalization has the name "bn" in MMDetection.
     unknown += [
@@ -255,41 +201,73 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _table(layout: str, *, roi_heads: bool, top_block: bool) -> list[tuple[str, str]]:
-    """The modules of a detector in MMDetection and in Detectron2; the first match counts."""
-    neck = [(theirs, ours.replace("L", "2" if roi_heads else "3")) for theirs, ours in _NECK]
+def _modules(layout: str, *, roi_heads: bool, top_block: bool) -> Iterator[tuple[str, str]]:
+    """The names of a detector's modules in MMDetection and in Detectron2; a later pair counts."""
+    yield from _convolution("backbone.", "backbone.bottom_up.stem.conv1", conv="conv1", norm="bn1")
+    for stage, block in itertools.product((1, 2, 3, 4), range(_MOST_BLOCKS)):
+        theirs, ours = (
+            f"backbone.layer{stage}.{block}.",
+            f"backbone.bottom_up.res{stage + 1}.{block}.",
+        )
+        for i in (1, 2, 3):
+            yield from _convolution(theirs, f"{ours}conv{i}", conv=f"conv{i}", norm=f"bn{i}")
+        yield from _convolution(theirs, f"{ours}shortcut", conv="downsample.0", norm="downsample.1")
+
+    finest = 2 if roi_heads else 3
+    for i in range(_MOST_LAYERS):
+        yield from _convolution(f"neck.lateral_convs.{i}.", f"backbone.fpn_lateral{i + finest}")
+        yield from _convolution(f"neck.fpn_convs.{i}.", f"backbone.fpn_output{i + finest}")
+        # Both number an upsampler by the finer of its two levels.
+        theirs, ours = f"neck.upsample_modules.{i}", f"backbone.fpn_upsample{i + finest}"
+        yield theirs, ours  # deconvolution
+        for name in ("channel_compressor", "content_encoder", "upsample_conv"):
+            yield f"{theirs}.{name}", f"{ours}.{name}"
+
     if roi_heads:
+        yield "rpn_head.rpn_conv", "proposal_generator.rpn_head.conv"
+        yield "rpn_head.rpn_cls", "proposal_generator.rpn_head.objectness_logits"
+        yield "rpn_head.rpn_reg", "proposal_generator.rpn_head.anchor_deltas"
         prefix = "" if layout == "1.x" else "roi_head."
-        heads = [*_RPN_HEAD, *((prefix + theirs, ours) for theirs, ours in _ROI_HEADS)]
+        theirs, ours = f"{prefix}bbox_head.", "roi_heads.box_head."
+        for i in range(_MOST_LAYERS):
+            yield from _convolution(f"{theirs}shared_convs.{i}.", f"{ours}conv{i + 1}")
+            yield f"{theirs}shared_fcs.{i}", f"{ours}fc{i + 1}"
+        yield f"{theirs}fc_cls", "roi_heads.box_predictor.cls_score"
+        yield f"{theirs}fc_reg", "roi_heads.box_predictor.bbox_pred"
+        theirs, ours = f"{prefix}mask_head.", "roi_heads.mask_head."
+        for i in range(_MOST_LAYERS):
+            yield from _convolution(f"{theirs}convs.{i}.", f"{ours}mask_fcn{i + 1}")
+        yield f"{theirs}upsample", f"{ours}deconv"
+        for name in ("upsample.channel_compressor", "upsample.content_encoder"):
+            yield theirs + name, ours + name
+        yield f"{theirs}conv_logits", f"{ours}predictor"
     else:
-        neck = [*_RETINANET_TOP_BLOCK, *neck] if top_block else neck
-        heads = _RETINANET_HEAD
-    return [*_BACKBONE, *neck, *heads]
+        if top_block:  # p6 and p7 come from c5 and take no part in the top-down path
+            yield "neck.fpn_convs.3.conv", "backbone.top_block.p6"
+            yield "neck.fpn_convs.4.conv", "backbone.top_block.p7"
+        for i in range(_MOST_LAYERS):  # Detectron2 counts the ReLUs in between
+            yield f"bbox_head.cls_convs.{i}.conv", f"head.cls_subnet.{2 * i}"
+            yield f"bbox_head.reg_convs.{i}.conv", f"head.bbox_subnet.{2 * i}"
+        yield "bbox_head.retina_cls", "head.cls_score"
+        yield "bbox_head.retina_reg", "head.bbox_pred"
 
 
-def _translate(name: str, table: list[tuple[str, str]]) -> str | None:
-    """Renames a parameter by a table from one name to another; None if no row applies."""
+def _convolution(
+    theirs: str, ours: str, *, conv: str = "conv", norm: str = "bn"
+) -> Iterator[tuple[str, str]]:
+    """A convolution and its normalization, which Detectron2 has within the convolution."""
+    yield theirs + conv, ours
+    yield theirs + norm, f"{ours}.norm"
+
+
+def _rename(name: str, modules: Mapping[str, str]) -> str | None:
+    """The name of a parameter by the new names of modules; None if there is none for its own."""
     module, _, parameter = name.rpartition(".")
-    for source, target in table:
-        match = _pattern(source).fullmatch(module)
-        if match:
-            offsets = {letter: int(offset or 0) for letter, offset in _FIELD.findall(source)}
-            numbers = {letter: int(n) - offsets[letter] for letter, n in match.groupdict().items()}
-
-            def number(field: re.Match, numbers: dict[str, int] = numbers) -> str:
-                return str(numbers[field[1]] + int(field[2] or 0))
-
-            return f"{_FIELD.sub(number, target)}.{parameter}"
-    return None
+    return f"{modules[module]}.{parameter}" if module in modules else None
 
 
-@functools.cache
-def _pattern(template: str) -> re.Pattern:
-    return re.compile(_FIELD.sub(r"(?P<\1>\\d+)", template.replace(".", r"\.")))
-
-
-def _startswith(prefixes: str | tuple[str, ...]) -> Callable[[str], bool]:
-    return lambda name: name.startswith(prefixes)
+def _any_starts_with(prefixes: str | tuple[str, ...], names: Iterable[str]) -> bool:
+    return any(name.startswith(prefixes) for name in names)
 
 
 def _is_constant(name: str) -> bool:

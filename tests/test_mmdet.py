@@ -104,72 +104,41 @@ DETECTORS = {
     "retinanet_R50_FPN_1x": RETINANET_PYRAMID + RETINANET_P6_P7 + RETINANET_HEAD,
     "retinanet_R50_FPN_carafe_1x": RETINANET_PYRAMID + RETINANET_CARAFE + RETINANET_HEAD,
 }
-# The parameters of MMDetection 3.3's mask-rcnn_r50_fpn-carafe_1x_coco behind the backbone.
+# The modules of MMDetection 3.3's mask-rcnn_r50_fpn-carafe_1x_coco behind the backbone, with the
+# shapes of their weights; each has a bias.
 PUBLISHED_SHAPES = """
-neck.lateral_convs.0.conv.weight 256 256 1 1
-neck.lateral_convs.0.conv.bias 256
-neck.lateral_convs.1.conv.weight 256 512 1 1
-neck.lateral_convs.1.conv.bias 256
-neck.lateral_convs.2.conv.weight 256 1024 1 1
-neck.lateral_convs.2.conv.bias 256
-neck.lateral_convs.3.conv.weight 256 2048 1 1
-neck.lateral_convs.3.conv.bias 256
-neck.lateral_convs.4.conv.weight 256 2048 3 3
-neck.lateral_convs.4.conv.bias 256
-neck.fpn_convs.0.conv.weight 256 256 3 3
-neck.fpn_convs.0.conv.bias 256
-neck.fpn_convs.1.conv.weight 256 256 3 3
-neck.fpn_convs.1.conv.bias 256
-neck.fpn_convs.2.conv.weight 256 256 3 3
-neck.fpn_convs.2.conv.bias 256
-neck.fpn_convs.3.conv.weight 256 256 3 3
-neck.fpn_convs.3.conv.bias 256
-neck.fpn_convs.4.conv.weight 256 256 3 3
-neck.fpn_convs.4.conv.bias 256
-neck.upsample_modules.0.channel_compressor.weight 64 256 1 1
-neck.upsample_modules.0.channel_compressor.bias 64
-neck.upsample_modules.0.content_encoder.weight 100 64 3 3
-neck.upsample_modules.0.content_encoder.bias 100
-neck.upsample_modules.1.channel_compressor.weight 64 256 1 1
-neck.upsample_modules.1.channel_compressor.bias 64
-neck.upsample_modules.1.content_encoder.weight 100 64 3 3
-neck.upsample_modules.1.content_encoder.bias 100
-neck.upsample_modules.2.channel_compressor.weight 64 256 1 1
-neck.upsample_modules.2.channel_compressor.bias 64
-neck.upsample_modules.2.content_encoder.weight 100 64 3 3
-neck.upsample_modules.2.content_encoder.bias 100
-neck.upsample_modules.3.channel_compressor.weight 64 256 1 1
-neck.upsample_modules.3.channel_compressor.bias 64
-neck.upsample_modules.3.content_encoder.weight 100 64 3 3
-neck.upsample_modules.3.content_encoder.bias 100
-rpn_head.rpn_conv.weight 256 256 3 3
-rpn_head.rpn_conv.bias 256
-rpn_head.rpn_cls.weight 3 256 1 1
-rpn_head.rpn_cls.bias 3
-rpn_head.rpn_reg.weight 12 256 1 1
-rpn_head.rpn_reg.bias 12
-roi_head.bbox_head.fc_cls.weight 81 1024
-roi_head.bbox_head.fc_cls.bias 81
-roi_head.bbox_head.fc_reg.weight 320 1024
-roi_head.bbox_head.fc_reg.bias 320
-roi_head.bbox_head.shared_fcs.0.weight 1024 12544
-roi_head.bbox_head.shared_fcs.0.bias 1024
-roi_head.bbox_head.shared_fcs.1.weight 1024 1024
-roi_head.bbox_head.shared_fcs.1.bias 1024
-roi_head.mask_head.convs.0.conv.weight 256 256 3 3
-roi_head.mask_head.convs.0.conv.bias 256
-roi_head.mask_head.convs.1.conv.weight 256 256 3 3
-roi_head.mask_head.convs.1.conv.bias 256
-roi_head.mask_head.convs.2.conv.weight 256 256 3 3
-roi_head.mask_head.convs.2.conv.bias 256
-roi_head.mask_head.convs.3.conv.weight 256 256 3 3
-roi_head.mask_head.convs.3.conv.bias 256
-roi_head.mask_head.upsample.channel_compressor.weight 64 256 1 1
-roi_head.mask_head.upsample.channel_compressor.bias 64
-roi_head.mask_head.upsample.content_encoder.weight 100 64 3 3
-roi_head.mask_head.upsample.content_encoder.bias 100
-roi_head.mask_head.conv_logits.weight 80 256 1 1
-roi_head.mask_head.conv_logits.bias 80
+neck.lateral_convs.0.conv 256 256 1 1
+neck.lateral_convs.1.conv 256 512 1 1
+neck.lateral_convs.2.conv 256 1024 1 1
+neck.lateral_convs.3.conv 256 2048 1 1
+neck.lateral_convs.4.conv 256 2048 3 3
+neck.fpn_convs.0.conv 256 256 3 3
+neck.fpn_convs.1.conv 256 256 3 3
+neck.fpn_convs.2.conv 256 256 3 3
+neck.fpn_convs.3.conv 256 256 3 3
+neck.fpn_convs.4.conv 256 256 3 3
+neck.upsample_modules.0.channel_compressor 64 256 1 1
+neck.upsample_modules.0.content_encoder 100 64 3 3
+neck.upsample_modules.1.channel_compressor 64 256 1 1
+neck.upsample_modules.1.content_encoder 100 64 3 3
+neck.upsample_modules.2.channel_compressor 64 256 1 1
+neck.upsample_modules.2.content_encoder 100 64 3 3
+neck.upsample_modules.3.channel_compressor 64 256 1 1
+neck.upsample_modules.3.content_encoder 100 64 3 3
+rpn_head.rpn_conv 256 256 3 3
+rpn_head.rpn_cls 3 256 1 1
+rpn_head.rpn_reg 12 256 1 1
+roi_head.bbox_head.fc_cls 81 1024
+roi_head.bbox_head.fc_reg 320 1024
+roi_head.bbox_head.shared_fcs.0 1024 12544
+roi_head.bbox_head.shared_fcs.1 1024 1024
+roi_head.mask_head.convs.0.conv 256 256 3 3
+roi_head.mask_head.convs.1.conv 256 256 3 3
+roi_head.mask_head.convs.2.conv 256 256 3 3
+roi_head.mask_head.convs.3.conv 256 256 3 3
+roi_head.mask_head.upsample.channel_compressor 64 256 1 1
+roi_head.mask_head.upsample.content_encoder 100 64 3 3
+roi_head.mask_head.conv_logits 80 256 1 1
 """
 CLASSES = 5
 # Says nothing of which parameters a model has.
@@ -281,8 +250,9 @@ def test_published_names_and_shapes_fit_the_config_as_it_is(tmp_path):
                     shapes[f"{prefix}.{norm}.{kind}"] = shape[:1]
             in_channels = 4 * channels
     for line in PUBLISHED_SHAPES.split("\n")[1:-1]:
-        name, *shape = line.split()
-        shapes[name] = [int(n) for n in shape]
+        module, *shape = line.split()
+        shapes[f"{module}.weight"] = [int(n) for n in shape]
+        shapes[f"{module}.bias"] = [int(shape[0])]
     state_dict = random_state_dict(shapes)
     assert len(state_dict) == 382
 
@@ -413,21 +383,20 @@ def test_layout_1x_gets_a_background_that_predicts_nothing():
     assert state_dict["mask_head.conv_logits.bias"].shape == (CLASSES + 1,)
 
 
-@pytest.mark.parametrize("upsample", ["deconv", "pixel_shuffle", "nearest"])
-def test_other_upsamplers_of_the_pyramid(upsample):
+@pytest.mark.parametrize(
+    ("upsample", "parameters"),
+    [
+        ("deconv", {"weight", "bias"}),
+        ("pixel_shuffle", {"upsample_conv.weight", "upsample_conv.bias"}),
+        ("nearest", set()),
+    ],
+)
+def test_other_upsamplers_of_the_pyramid(upsample, parameters):
     model = build("faster_rcnn_R50_FPN_carafe_1x", "MODEL.FPN.UPSAMPLE", upsample)
     state_dict = mmdet.to_mmdet(model.state_dict())
-    names = {n for n in state_dict if n.startswith("neck.upsample_modules.0")}
-    assert (
-        names
-        == {
-            "deconv": {f"neck.upsample_modules.0.{k}" for k in ("weight", "bias")},
-            "pixel_shuffle": {
-                f"neck.upsample_modules.0.upsample_conv.{k}" for k in ("weight", "bias")
-            },
-            "nearest": set(),
-        }[upsample]
-    )
+    prefix = "neck.upsample_modules.0."
+    names = {n.removeprefix(prefix) for n in state_dict if n.startswith(prefix)}
+    assert names == parameters
     assert_same(mmdet.to_detectron2(state_dict).weights, model.state_dict())
 
 
