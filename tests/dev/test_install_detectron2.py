@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,9 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from carafe_d2.errors import UserError
 from dev import install_detectron2 as tool
-
-SCRIPT = Path(__file__).resolve().parents[2] / "dev" / "install_detectron2.py"
 
 
 @pytest.fixture(autouse=True)
@@ -31,40 +31,7 @@ def no_pip(monkeypatch):
 REAL_PIP = tool.pip
 
 
-# --- the mends ----------------------------------------------------------------------------------
-
-
-def test_mend_changes_whole_words_only():
-    mends = [tool.Mend("why", "np.int", "np.int64", {"a.py": 1})]
-    mended = tool.mend({"a.py": "np.int, np.int32, jnp.int, np.integer", "b.py": "np.int"}, mends)
-    assert mended == {"a.py": "np.int64, np.int32, jnp.int, np.integer", "b.py": "np.int"}
-
-
-def test_mend_takes_its_words_literally():
-    mends = [tool.Mend("why", ".warn(", r".warning(\g<0>", {"a.py": 1})]
-    assert tool.mend({"a.py": "logger.warn(1)"}, mends)["a.py"] == r"logger.warning(\g<0>1)"
-
-
-@pytest.mark.parametrize("text", ["", "Image.LINEAR Image.LINEAR", "Image.BILINEAR"])
-def test_mend_that_does_not_fit_is_an_error(text):
-    mends = [tool.Mend("Pillow renamed it", "Image.LINEAR", "Image.BILINEAR", {"a.py": 1})]
-    with pytest.raises(tool.InstallError, match=r"a\.py has 'Image\.LINEAR' .*Pillow renamed it"):
-        tool.mend({"a.py": text}, mends)
-
-
-def test_mend_of_a_missing_file_is_an_error():
-    with pytest.raises(tool.InstallError, match=r"gone\.py has 'old' 0 times where 1 were"):
-        tool.mend({}, [tool.Mend("why", "old", "new", {"gone.py": 1})])
-
-
-def test_every_mend_says_why_in_one_line_and_changes_something():
-    for mend in tool.MENDS:
-        assert mend.why and "\n" not in mend.why
-        assert mend.old != mend.new
-        assert mend.places and all(count > 0 for count in mend.places.values())
-
-
-# --- the wheel ----------------------------------------------------------------------------------
+# --- the source archive -------------------------------------------------------------------------
 
 
 def write_sdist(path: Path, files: dict[str, str]) -> None:
@@ -76,116 +43,103 @@ def write_sdist(path: Path, files: dict[str, str]) -> None:
             archive.addfile(member, io.BytesIO(text.encode()))
 
 
-def test_read_sdist_takes_packages_configs_and_projects_but_nothing_else(tmp_path):
-    files = {
-        "LICENSE": "Apache",
-        "setup.py": "import torch",
-        "tools/train_net.py": "",
-        "detectron2/__init__.py": "__version__ = '0.6'",
-        "detectron2/model_zoo/configs/Base.yaml": "MODEL: {}",
-        "projects/PointRend/point_rend/__init__.py": "rend",
-        "projects/PointRend/README.md": "",
-    }
-    write_sdist(tmp_path / "d2.tar.gz", files)
-    assert tool.read_sdist(tmp_path / "d2.tar.gz") == {
-        "LICENSE": "Apache",
-        "detectron2/__init__.py": "__version__ = '0.6'",
-        "detectron2/model_zoo/configs/Base.yaml": "MODEL: {}",
-        "detectron2/projects/point_rend/__init__.py": "rend",
-    }
+FILES = {"setup.py": "import torch", "detectron2/__init__.py": "a = 1\nold = 2\n"}
+PATCH = """\
+# why it is changed
+diff --git a/detectron2/__init__.py b/detectron2/__init__.py
+--- a/detectron2/__init__.py
++++ b/detectron2/__init__.py
+@@ -1,2 +1,2 @@
+ a = 1
+-old = 2
++new = 2
+
+# the archive's own imports torch
+diff --git a/setup.py b/setup.py
+new file mode 100644
+--- /dev/null
++++ b/setup.py
+@@ -0,0 +1,2 @@
++from setuptools import setup
++setup(name="detectron2", version="0.6+carafe.0", packages=["detectron2"])
+"""
 
 
-def test_wheel_is_deterministic_and_pip_installs_it(tmp_path):
-    files = {"LICENSE": "Apache", "detectron2/__init__.py": "name = 'Grün'\n"}
-    content = tool.build_wheel(files)
-    assert content == tool.build_wheel(dict(files))
-    wheel = tmp_path / tool.WHEEL
-    wheel.write_bytes(content)
+@pytest.fixture
+def sdist(tmp_path, monkeypatch):
+    """A tiny source archive, and a patch that fits it."""
+    write_sdist(tmp_path / tool.SDIST, FILES)
+    (tmp_path / "detectron2.patch").write_text(PATCH)
+    monkeypatch.setattr(tool, "PATCH", tmp_path / "detectron2.patch")
+    return tmp_path / tool.SDIST
 
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*command, "--target", str(tmp_path / "site"), str(wheel)], check=True)
 
+@pytest.mark.parametrize("program", ["git", "patch"])
+def test_archive_is_mended_and_pip_builds_it(sdist, program, monkeypatch, tmp_path):
+    if not (path := shutil.which(program)):
+        pytest.skip(f"no {program}")
+    monkeypatch.setattr(tool.shutil, "which", lambda name: path if name == program else None)
+    if program == "git":  # which takes the paths in a patch for those of a repository around it
+        subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    source = tool.unpack(sdist)
+    options = [
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--target",
+        str(tmp_path / "site"),
+    ]
+    REAL_PIP("install", "--use-pep517", *options, str(source), doing="install it")
     (installed,) = importlib.metadata.distributions(path=[str(tmp_path / "site")])
-    assert (installed.name, installed.version) == ("detectron2", tool.VERSION)
-    assert installed.requires == list(tool.REQUIRES)
-    module = tmp_path / "site" / "detectron2" / "__init__.py"
-    assert module.read_text("utf-8") == files["detectron2/__init__.py"]
+    assert (installed.name, installed.version) == ("detectron2", "0.6+carafe.0")
+    assert (tmp_path / "site/detectron2/__init__.py").read_text() == "a = 1\nnew = 2\n"
+
+
+def test_patch_that_does_not_fit(sdist):
+    tool.PATCH.write_text(PATCH.replace("a = 1", "a = 3"))
+    with pytest.raises(UserError, match=r"detectron2\.patch does not fit pb1-detectron2-0\.6"):
+        tool.unpack(sdist)
+
+
+def test_neither_git_nor_patch(sdist, monkeypatch):
+    monkeypatch.setattr(tool.shutil, "which", lambda _: None)
+    with pytest.raises(UserError, match="with git or patch: install one of them"):
+        tool.unpack(sdist)
+
+
+def test_patch_gives_the_version_and_a_reason_for_every_file():
+    before, *changes = tool.PATCH.read_text().split("\ndiff --git ")
+    assert f'+    version="{tool.VERSION}",\n' in changes[0]
+    for above in [before, *changes[:-1]]:
+        assert above.splitlines()[-1].startswith("# ")
 
 
 def test_stand_in_for_the_compiled_module_raises_only_when_used():
+    change = tool.PATCH.read_text().partition("+++ b/detectron2/layers/compiled.py\n")[2]
+    lines = change.partition("\n\n")[0].splitlines()[1:]
     scope = {}
-    exec(tool.ADDED["detectron2/layers/compiled.py"], scope)
+    exec("\n".join(line.removeprefix("+") for line in lines), scope)
     assert not hasattr(scope["_C"], "__wrapped__")  # introspection must not raise
     with pytest.raises(ImportError, match=r"nms_rotated is a compiled operator.* from source"):
         scope["_C"].nms_rotated(None)
 
 
-# --- the cache ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tiny_sdist(tmp_path, monkeypatch):
-    """Has the tool know a tiny source archive instead of Detectron2's; returns the fetches made."""
-    source = tmp_path / "source.tar.gz"
-    write_sdist(source, {"detectron2/__init__.py": "old"})
-    fetches = []
-
-    def fetch(folder):
-        fetches.append(folder)
-        (folder / tool.SDIST).write_bytes(source.read_bytes())
-        return folder / tool.SDIST
-
-    mends = [tool.Mend("why", "old", "new", {"detectron2/__init__.py": 1})]
-    monkeypatch.setattr(tool, "fetch_sdist", fetch)
-    monkeypatch.setattr(tool, "SDIST_SHA256", tool.sha256(source.read_bytes()))
-    monkeypatch.setattr(tool.mend, "__defaults__", (mends,))
-    return fetches
-
-
-def test_cache_is_used_while_intact(tmp_path, tiny_sdist, capsys):
-    cache = tmp_path / "cache"
-    wheel = tool.cached_wheel(cache)
-    content = wheel.read_bytes()
-    assert len(capsys.readouterr().out.splitlines()) == 2  # fetching, mending
-    assert tool.cached_wheel(cache) == wheel
-    assert capsys.readouterr().out == ""
-
-    wheel.write_bytes(content[:100])
-    assert tool.cached_wheel(cache).read_bytes() == content
-    assert len(tiny_sdist) == 1
-
-    wheel.unlink()
-    (cache / tool.SDIST).write_bytes(b"half of i")
-    assert tool.cached_wheel(cache).read_bytes() == content
-    assert len(tiny_sdist) == 2
-    expected = {tool.SDIST, tool.WHEEL, f"{tool.WHEEL}.sha256"}
-    assert {path.name for path in cache.iterdir()} == expected
-
-
-def test_fetched_archive_with_another_hash_is_refused(tmp_path, tiny_sdist, monkeypatch):
-    monkeypatch.setattr(tool, "SDIST_SHA256", "0" * 64)
-    with pytest.raises(tool.InstallError, match=r"another sha256 .* not used"):
-        tool.cached_wheel(tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_pip_refuses_an_archive_with_another_hash(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("there", "message"), [(True, "another sha256"), (False, "check the network")]
+)
+def test_archive_that_pip_does_not_hand_out(tmp_path, monkeypatch, there, message):
+    """One of another hash is refused before any of its code runs."""
     monkeypatch.setattr(tool, "pip", REAL_PIP)
-    write_sdist(tmp_path / tool.SDIST, {"setup.py": "raise SystemExit('this must not run')"})
+    index, folder = tmp_path / "index", tmp_path / "folder"
+    index.mkdir()
+    if there:
+        write_sdist(index / tool.SDIST, {"setup.py": "raise SystemExit('this must not run')"})
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(tool.InstallError, match=r"cannot fetch .*: .* another sha256") as error:
-        tool.cached_sdist(tmp_path / "cache")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    with pytest.raises(UserError, match=f"cannot fetch .*: .*{message}") as error:
+        tool.fetch_sdist(folder)
     assert "\n" not in str(error.value)
-
-
-def test_package_index_without_the_archive(tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "pip", REAL_PIP)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(tool.InstallError, match=r"cannot fetch .* check the network") as error:
-        tool.cached_sdist(tmp_path / "cache")
-    assert "\n" not in str(error.value)
+    assert not (folder / tool.SDIST).exists()
 
 
 # --- what is installed --------------------------------------------------------------------------
@@ -199,7 +153,6 @@ def site(tmp_path, monkeypatch):
     (tmp_path / "site" / "detectron2").mkdir(parents=True)
     (tmp_path / "site" / "detectron2" / "__init__.py").write_text("raise AssertionError")
     monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.setattr(tool, "check_environment", lambda: None)
     return tmp_path / "site"
 
 
@@ -215,8 +168,8 @@ def add_metadata(site: Path, version: str, source: dict | None = None) -> None:
 
 def test_installed_one_is_used_as_it_is(site, capsys):
     add_metadata(site, "0.7")
-    assert tool.main([]) == 0
-    expected = f"install_detectron2: Detectron2 0.7 is installed in {site / 'detectron2'}\n"
+    tool.main([])
+    expected = f"Detectron2 0.7 is installed in {site / 'detectron2'}\n"
     assert capsys.readouterr().out == expected
 
 
@@ -234,9 +187,10 @@ def test_our_own_of_another_revision_is_replaced(site, tmp_path, monkeypatch):
     add_metadata(site, "0.6+carafe.0")
     runs = []
     monkeypatch.setattr(tool, "pip", lambda *arguments, **_: runs.append(arguments))
-    monkeypatch.setattr(tool, "cached_wheel", lambda _: tmp_path / tool.WHEEL)
-    assert tool.main([]) == 0
-    assert runs == [("install", str(tmp_path / tool.WHEEL))]
+    monkeypatch.setattr(tool, "fetch_sdist", lambda _: tmp_path / tool.SDIST)
+    monkeypatch.setattr(tool, "unpack", lambda sdist: sdist.with_name("source"))
+    tool.main([])
+    assert runs == [("install", "--use-pep517", str(tmp_path / "source"))]
 
 
 GIT = {"url": "https://host/d2", "vcs_info": {"vcs": "git", "commit_id": "abc"}}
@@ -262,7 +216,7 @@ def test_requirement_is_recognized_when_it_is_installed(site, source, requiremen
 
 def test_requirement_is_installed_once(site, capsys):
     add_metadata(site, "0.6", GIT)
-    assert tool.main(["git+https://host/d2"]) == 0  # without running pip
+    tool.main(["git+https://host/d2"])  # without running pip
     assert f"is installed in {site / 'detectron2'}" in capsys.readouterr().out
 
 
@@ -271,7 +225,7 @@ def test_requirement_replaces_another_source_of_the_same_version(site, monkeypat
     runs = []
     monkeypatch.setattr(tool, "pip", lambda *arguments, **_: runs.append(arguments))
     monkeypatch.setattr(tool, "ensure_build_tools", lambda: None)
-    assert tool.main(["git+https://host/other"]) == 0
+    tool.main(["git+https://host/other"])
     plain = ("install", "--no-build-isolation", "git+https://host/other")
     assert runs == [plain, (*plain[:2], "--no-deps", "--force-reinstall", plain[2])]
 
@@ -280,30 +234,20 @@ def test_requirement_replaces_another_source_of_the_same_version(site, monkeypat
 
 
 @pytest.mark.parametrize("missing", ["torch", "torchvision"])
-def test_missing_torch_is_named(missing, monkeypatch, capsys):
+def test_missing_torch_is_named(missing, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         tool.importlib.util, "find_spec", lambda name: None if name == missing else find(name)
     )
-    assert tool.main([]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith(f"install_detectron2: error: {missing} is missing")
-    assert error.count("\n") == 1
+    with pytest.raises(UserError, match=f"^{missing} is missing in this environment"):
+        tool.main([])
 
 
-def test_old_python_is_named(monkeypatch, capsys):
-    monkeypatch.setattr(tool.sys, "version_info", (3, 9, 1))
-    assert tool.main([]) == 1
-    assert "3.10 or newer" in capsys.readouterr().err
-
-
-def test_requirement_that_cannot_be_installed(tmp_path, monkeypatch, capfd):
+def test_requirement_that_cannot_be_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "pip", REAL_PIP)
-    monkeypatch.setattr(tool, "check_environment", lambda: None)
     monkeypatch.setattr(tool, "ensure_build_tools", lambda: None)
-    assert tool.main([str(tmp_path / "nowhere")]) == 1
-    last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"install_detectron2: error: cannot install {tmp_path / 'nowhere'}")
+    with pytest.raises(UserError, match=f"cannot install {tmp_path / 'nowhere'}: pip failed"):
+        tool.main([str(tmp_path / "nowhere")])
 
 
 # --- the real one -------------------------------------------------------------------------------
@@ -337,7 +281,7 @@ for operator in (pairwise_iou_rotated, lambda a, b: nms_rotated(a, a[:, 0], 0.5)
 """
 
 
-def test_installed_wheel_works():
+def test_installed_one_works():
     try:
         version = importlib.metadata.version("detectron2")
     except importlib.metadata.PackageNotFoundError:
