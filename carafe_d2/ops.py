@@ -22,7 +22,14 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from .import_hooks import when_imported
-from .reference import carafe_naive, carafe_upsample_naive
+from .reference import (
+    carafe_naive,
+    carafe_upsample_naive,
+    check_arguments,
+    check_shape,
+    check_tensor,
+    require,
+)
 
 __all__ = ["DECOMPOSITIONS", "carafe", "carafe_upsample", "flop_count_ops"]
 
@@ -123,8 +130,6 @@ def carafe_upsample(
 
 # ------------------------------------------------------------------------ shapes: fake kernels
 
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
     """Layout of what is made like `tensor`; `is_channels_last` in csrc/carafe.cpp must agree."""
@@ -137,75 +142,9 @@ def _empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=_memory_format(tensor))
 
 
-def _check_tensor(name: str, tensor: Tensor, features: Tensor) -> None:
-    torch._check(
-        tensor.dim() == 4,
-        lambda: (
-            f"{name}: expected a tensor of rank 4, but got rank {tensor.dim()} "
-            f"with shape {tuple(tensor.shape)}"
-        ),
-    )
-    torch._check(
-        tensor.dtype in _DTYPES,
-        lambda: (
-            f"{name}: expected dtype float64, float32, float16 or bfloat16, but got {tensor.dtype}"
-        ),
-    )
-    torch._check(
-        tensor.device == features.device,
-        lambda: (
-            f"{name}: expected a tensor on {features.device}, where features are, "
-            f"but got {tensor.device}"
-        ),
-    )
-
-
-def _check_shape(name: str, tensor: Tensor, expected: tuple, reason: str = "") -> None:
-    for size, expected_size in zip(tensor.shape, expected, strict=True):
-        torch._check(
-            size == expected_size,
-            lambda: f"{name}: expected shape {expected}{reason}, but got {tuple(tensor.shape)}",
-        )
-
-
-def _check(
-    features: Tensor, name: str, kernels: Tensor, kernel_size: int, groups: int, scale: int
-) -> None:
-    """What csrc/carafe.cpp checks, for tensors without data; `kernels` are masks or logits."""
-    torch._check(
-        kernel_size > 0 and kernel_size % 2 == 1,
-        lambda: f"kernel_size: expected a positive odd number, but got {kernel_size}",
-    )
-    torch._check(scale >= 1, lambda: f"scale_factor: expected at least 1, but got {scale}")
-    torch._check(groups >= 1, lambda: f"group_size: expected at least 1, but got {groups}")
-    _check_tensor("features", features, features)
-    _check_tensor(name, kernels, features)
-    torch._check(
-        (features.dtype == torch.float64) == (kernels.dtype == torch.float64),
-        lambda: (
-            f"{name}: expected a dtype that goes with features of {features.dtype}, "
-            f"but got {kernels.dtype}"
-        ),
-    )
-    n, c, h, w = features.shape
-    torch._check(
-        c % groups == 0,
-        lambda: f"group_size: expected a divisor of the {c} channels of features, but got {groups}",
-    )
-    taps = groups * kernel_size**2
-    fused = name == "kernel_logits"
-    _check_shape(
-        name,
-        kernels,
-        (n, taps * scale**2, h, w) if fused else (n, taps, h * scale, w * scale),
-        f" for features of shape {tuple(features.shape)} with kernel_size {kernel_size}, "
-        f"group_size {groups} and scale_factor {scale}",
-    )
-
-
 def _check_grad_output(grad_output: Tensor, features: Tensor, scale: int) -> None:
-    _check_tensor("grad_output", grad_output, features)
-    torch._check(
+    check_tensor("grad_output", grad_output, features)
+    require(
         grad_output.dtype == features.dtype,
         lambda: (
             f"grad_output: expected dtype {features.dtype} as features have, "
@@ -213,7 +152,7 @@ def _check_grad_output(grad_output: Tensor, features: Tensor, scale: int) -> Non
         ),
     )
     n, c, h, w = features.shape
-    _check_shape("grad_output", grad_output, (n, c, h * scale, w * scale))
+    check_shape("grad_output", grad_output, (n, c, h * scale, w * scale))
 
 
 def _upsampled(features: Tensor, scale: int) -> Tensor:
@@ -241,7 +180,7 @@ def _register(operator: str, kernels_name: str) -> None:
 
     @torch.library.register_fake(f"carafe_d2::{operator}")
     def forward_fake(features, kernels, kernel_size, group_size, scale_factor):
-        _check(features, kernels_name, kernels, kernel_size, group_size, scale_factor)
+        check_arguments(features, kernels_name, kernels, kernel_size, group_size, scale_factor)
         return _upsampled(features, scale_factor)
 
     @torch.library.register_fake(f"carafe_d2::{operator}_backward")
@@ -255,7 +194,7 @@ def _register(operator: str, kernels_name: str) -> None:
         features_grad,
         kernels_grad,
     ):
-        _check(features, kernels_name, kernels, kernel_size, group_size, scale_factor)
+        check_arguments(features, kernels_name, kernels, kernel_size, group_size, scale_factor)
         _check_grad_output(grad_output, features, scale_factor)
         return (
             _empty_like(features) if features_grad else features.new_empty(0),

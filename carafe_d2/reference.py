@@ -4,6 +4,7 @@ Readable and slow. Runs on any device, and autograd differentiates it as often a
 """
 
 import itertools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -34,15 +35,12 @@ def carafe_naive(
         (N, C, s*H, s*W), with the dtype of `features`.
 
     Raises:
-        ValueError: a size or a value does not fit; the message names the argument.
+        RuntimeError: as the compiled operator: an argument has the wrong type, rank, dtype, device,
+            shape or value; the message names it, what was expected and what came.
     """
-    _check(features, kernel_size, group_size, scale_factor)
+    check_arguments(features, "masks", masks, kernel_size, group_size, scale_factor)
     n, _, h, w = features.shape
     k, s = kernel_size, scale_factor
-    expected = (n, group_size * k * k, s * h, s * w)
-    if masks.shape != expected:
-        raise ValueError(f"masks: expected shape {expected}, but got {tuple(masks.shape)}")
-
     weights = masks.reshape(n, group_size, k * k, h, s, w, s).permute(0, 1, 2, 4, 6, 3, 5)
     return _reassemble(features, weights, k)
 
@@ -66,16 +64,12 @@ def carafe_upsample_naive(
         (N, C, s*H, s*W), with the dtype of `features`.
 
     Raises:
-        ValueError: a size or a value does not fit; the message names the argument.
+        RuntimeError: as the compiled operator: an argument has the wrong type, rank, dtype, device,
+            shape or value; the message names it, what was expected and what came.
     """
-    _check(features, kernel_size, group_size, scale_factor)
+    check_arguments(features, "kernel_logits", kernel_logits, kernel_size, group_size, scale_factor)
     n, _, h, w = features.shape
     k, s = kernel_size, scale_factor
-    expected = (n, group_size * k * k * s * s, h, w)
-    if kernel_logits.shape != expected:
-        raise ValueError(
-            f"kernel_logits: expected shape {expected}, but got {tuple(kernel_logits.shape)}"
-        )
     logits = kernel_logits.to(_accumulation_dtype(kernel_logits))
     weights = logits.reshape(n, group_size, k * k, s, s, h, w).softmax(dim=2)
     return _reassemble(features, weights, k)
@@ -109,17 +103,90 @@ def _reassemble(features: Tensor, weights: Tensor, k: int) -> Tensor:
     return out.reshape(n, c, h * s, w * s).to(features.dtype)
 
 
-def _check(features: Tensor, kernel_size: int, group_size: int, scale_factor: int) -> None:
-    if features.dim() != 4:
-        raise ValueError(
-            f"features: expected a tensor of rank 4, but got shape {tuple(features.shape)}"
+# ------------------------------------------------------------------------------------ checks
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def require(condition, message: Callable[[], str]) -> None:
+    """``torch._check``, also where a condition on sizes is a tensor, as in ``torch.jit.trace``."""
+    torch._check(bool(condition) if isinstance(condition, Tensor) else condition, message)
+
+
+def check_tensor(name: str, tensor: Tensor, features: Tensor) -> None:
+    require(
+        isinstance(tensor, Tensor),
+        lambda: f"{name}: expected a tensor, but got {type(tensor).__name__}",
+    )
+    require(
+        tensor.dim() == 4,
+        lambda: (
+            f"{name}: expected a tensor of rank 4, but got rank {tensor.dim()} "
+            f"with shape {tuple(tensor.shape)}"
+        ),
+    )
+    require(
+        tensor.dtype in _DTYPES,
+        lambda: (
+            f"{name}: expected dtype float64, float32, float16 or bfloat16, but got {tensor.dtype}"
+        ),
+    )
+    require(
+        tensor.device == features.device,
+        lambda: (
+            f"{name}: expected a tensor on {features.device}, where features are, "
+            f"but got {tensor.device}"
+        ),
+    )
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple, reason: str = "") -> None:
+    for size, expected_size in zip(tensor.shape, expected, strict=True):
+        require(
+            size == expected_size,
+            lambda: f"{name}: expected shape {expected}{reason}, but got {tuple(tensor.shape)}",
         )
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size: expected a positive odd number, but got {kernel_size}")
-    if scale_factor < 1:
-        raise ValueError(f"scale_factor: expected at least 1, but got {scale_factor}")
-    if group_size < 1 or features.shape[1] % group_size:
-        raise ValueError(
-            f"group_size: expected a divisor of the {features.shape[1]} channels of features, "
-            f"but got {group_size}"
+
+
+def check_arguments(
+    features: Tensor, name: str, kernels: Tensor, kernel_size: int, groups: int, scale: int
+) -> None:
+    """What csrc/carafe.cpp checks of the compiled operators; `kernels` are masks or logits."""
+    for argument, value in (
+        ("kernel_size", kernel_size),
+        ("group_size", groups),
+        ("scale_factor", scale),
+    ):
+        require(
+            isinstance(value, int | torch.SymInt),
+            lambda: f"{argument}: expected an integer, but got {value!r}",  # noqa: B023 - at once
         )
+    require(
+        kernel_size > 0 and kernel_size % 2 == 1,
+        lambda: f"kernel_size: expected a positive odd number, but got {kernel_size}",
+    )
+    require(scale >= 1, lambda: f"scale_factor: expected at least 1, but got {scale}")
+    require(groups >= 1, lambda: f"group_size: expected at least 1, but got {groups}")
+    check_tensor("features", features, features)
+    check_tensor(name, kernels, features)
+    require(
+        (features.dtype == torch.float64) == (kernels.dtype == torch.float64),
+        lambda: (
+            f"{name}: expected a dtype that goes with features of {features.dtype}, "
+            f"but got {kernels.dtype}"
+        ),
+    )
+    n, c, h, w = features.shape
+    require(
+        c % groups == 0,
+        lambda: f"group_size: expected a divisor of the {c} channels of features, but got {groups}",
+    )
+    taps = groups * kernel_size**2
+    fused = name == "kernel_logits"
+    check_shape(
+        name,
+        kernels,
+        (n, taps * scale**2, h, w) if fused else (n, taps, h * scale, w * scale),
+        f" for features of shape {tuple(features.shape)} with kernel_size {kernel_size}, "
+        f"group_size {groups} and scale_factor {scale}",
+    )

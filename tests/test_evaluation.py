@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_panoptic_separated
+from detectron2.data.datasets import register_coco_instances, register_coco_panoptic_separated
 from detectron2.evaluation import COCOEvaluator, SemSegEvaluator
 from PIL import Image
 
@@ -19,7 +19,7 @@ HEIGHT, WIDTH = 40, 60
 def dataset(tmp_path):
     """A panoptic dataset of one image: grass below sky, and a disc, the only thing.
 
-    Yields its name; beside "_separated" there is "_stuffonly".
+    Yields its name; beside "_separated" there are "_stuffonly" and "_instances".
     """
     semantic = np.ones((HEIGHT, WIDTH), np.uint8)  # 0 are things, 1 sky, 2 grass
     semantic[20:] = 2
@@ -72,8 +72,11 @@ def dataset(tmp_path):
         str(tmp_path / "stuff"),
         str(tmp_path / "instances.json"),
     )
+    register_coco_instances(
+        "tiny_instances", {}, str(tmp_path / "instances.json"), str(tmp_path / "images")
+    )
     yield "tiny"
-    for name in ("tiny_separated", "tiny_stuffonly"):
+    for name in ("tiny_separated", "tiny_stuffonly", "tiny_instances"):
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
 
@@ -133,12 +136,12 @@ def test_evaluator_is_chosen_by_the_metadata(dataset, tmp_path, monkeypatch):
     panoptic = build_evaluator(f"{dataset}_separated", str(tmp_path))
     assert len(panoptic._evaluators) == 3
     assert isinstance(build_evaluator(f"{dataset}_stuffonly", str(tmp_path)), SemSegEvaluator)
-    assert isinstance(build_evaluator("shapes_val", str(tmp_path)), COCOEvaluator)
+    assert isinstance(build_evaluator(f"{dataset}_instances", str(tmp_path)), COCOEvaluator)
 
 
 def test_what_is_missing_is_named_before_the_evaluation(dataset, monkeypatch):
     monkeypatch.setattr(evaluation, "find_spec", lambda name: None)
-    check_evaluators(["shapes_val", f"{dataset}_stuffonly"])
+    check_evaluators([f"{dataset}_instances", f"{dataset}_stuffonly"])
     with pytest.raises(UserError, match=r"'tiny_separated': .* needs panopticapi; .*pip install"):
         check_evaluators([f"{dataset}_separated"])
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from carafe_d2.ops import carafe, carafe_upsample
 from carafe_d2.reference import carafe_naive, carafe_upsample_naive
 
 
@@ -76,21 +77,32 @@ def test_naive_is_differentiable_twice():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"features": torch.zeros(4, 5, 5)}, "features: expected a tensor of rank 4"),
-        ({"kernels": torch.zeros(1, 25, 10, 11)}, r"expected shape \(1, .*but got \(1, 25, 10, 11"),
+        ({"features": torch.zeros(4, 5, 5)}, "features: expected .* rank 4"),
+        ({"features": [[0.0]]}, "features"),
+        ({"features": torch.zeros(1, 4, 5, 5, dtype=torch.int64)}, "features: expected dtype"),
+        ({"features": torch.zeros(1, 4, 5, 5, dtype=torch.complex64)}, "features: expected dtype"),
+        ({"features": torch.zeros(1, 4, 5, 5, dtype=torch.float64)}, "expected (a )?dtype"),
+        ({"kernels": torch.zeros(1, 100, 10, 11)}, "expected shape .*but got .1, 100, 10, 11"),
+        ({"kernels": torch.zeros(1, 100, 5, 5, device="meta")}, "expected a tensor on cpu"),
+        ({"kernels": None}, "masks|kernel_logits"),
         ({"kernel_size": 4}, "kernel_size: expected a positive odd number, but got 4"),
+        ({"kernel_size": -3}, "kernel_size: expected a positive odd number, but got -3"),
+        ({"kernel_size": "5"}, "kernel_size"),
         ({"scale_factor": 0}, "scale_factor: expected at least 1, but got 0"),
+        ({"group_size": 0}, "group_size: expected at least 1, but got 0"),
         ({"group_size": 3}, "group_size: expected a divisor of the 4 channels"),
     ],
 )
-@pytest.mark.parametrize("operator", [carafe_naive, carafe_upsample_naive])
-def test_wrong_input_names_the_argument(operator, changes, message):
+@pytest.mark.parametrize("operator", [carafe, carafe_naive, carafe_upsample, carafe_upsample_naive])
+def test_definition_and_operator_refuse_the_same(operator, changes, message):
+    fused = operator in (carafe_upsample, carafe_upsample_naive)
     arguments = {
         "features": torch.zeros(1, 4, 5, 5),
-        "kernels": torch.zeros(1, 25, 10, 10),
+        "kernels": torch.zeros(1, 100, 5, 5) if fused else torch.zeros(1, 25, 10, 10),
         "kernel_size": 5,
         "group_size": 1,
         "scale_factor": 2,
     }
-    with pytest.raises(ValueError, match=message):
+    operator(*arguments.values())
+    with pytest.raises(RuntimeError, match=message):
         operator(*(arguments | changes).values())
