@@ -155,7 +155,7 @@ class DySample(nn.Module):
         self.scale_factor = scale_factor
         self.offset = nn.Conv2d(channels, 2 * self.GROUPS * scale_factor**2, kernel_size=1)
         nn.init.normal_(self.offset.weight, std=0.001)
-        nn.init.zeros_(self.offset.bias)
+        nn.init.zeros_(self.offset.get_parameter("bias"))
 
     def forward(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape
@@ -267,7 +267,10 @@ def mmcv_peers() -> dict[str, Peer]:
 
 
 def compiled_peers() -> dict[str, Peer]:
-    """The definitions as torch.compile makes them; that takes about a minute for every shape."""
+    """The definitions as torch.compile makes them: pad, then a sum of shifted maps in one loop.
+
+    Compiled anew for every shape, dtype, layout and pass, which takes up to half a minute each.
+    """
     torch._dynamo.config.recompile_limit = 1000  # beyond it nothing is compiled any more
     return {
         f"{name}_compiled": Peer(
