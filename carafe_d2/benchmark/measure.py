@@ -86,13 +86,11 @@ class Timing:
 
     Attributes:
         rounds: seconds a call in each of the rounds that it took part in.
-        calls: in all of them together.
-        page_faults: during these calls.
+        page_faults: in a call, likewise.
     """
 
     rounds: list[float] = field(default_factory=list)
-    calls: int = 0
-    page_faults: int = 0
+    page_faults: list[float] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -106,7 +104,7 @@ class Timing:
             "milliseconds": 1e3 * self.seconds,
             "quartiles": (1e3 * lower, 1e3 * upper),
             "rounds": len(self.rounds),
-            "page_faults": self.page_faults / self.calls,
+            "page_faults": median(self.page_faults),
         }
 
 
@@ -117,7 +115,7 @@ class Measurement:
     milliseconds: float | None = None  # a call; median over the rounds
     quartiles: tuple[float, float] | None = None  # in milliseconds, over the rounds
     rounds: int | None = None
-    page_faults: float | None = None  # in a call
+    page_faults: float | None = None  # in a call; median over the rounds
 
 
 def warm_up(function: Function, clock: Clock) -> float:
@@ -151,8 +149,7 @@ def interleave(
             if current % stride == 0:
                 timing, faults_before = timings[name], page_faults()
                 timing.rounds.append(clock(function, calls))
-                timing.page_faults += page_faults() - faults_before
-                timing.calls += calls
+                timing.page_faults.append((page_faults() - faults_before) / calls)
     return timings
 
 
