@@ -61,6 +61,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, metavar="FOLDER", default=Path("output/benchmark"),
         help="where JSON and plot go (default: output/benchmark)")  # fmt: skip
     add("--markdown", type=Path, metavar="FILE", help="put the tables into their block of a page")
+    add("--block", metavar="NAME", help="of that block (default: such as 'upsampling cpu')")
     add("--quick", action="store_true", help="tiny sizes and few rounds, to see that it works")
 
     add = parser.add_argument_group("upsamplers").add_argument
@@ -244,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     subject = "upsampling" if args.detector is None else "detectors"
     block = None
     if args.markdown:  # looked for first, because measuring takes minutes
-        block = MarkdownBlock(args.markdown, f"{subject} {device.type}")
+        block = MarkdownBlock(args.markdown, args.block or f"{subject} {device.type}")
     machine = describe_machine(str(device))
     machine["command"] = shlex.join(["python", "-m", "carafe_d2.benchmark", *argv])
     print(machine_sentence(machine))

@@ -142,6 +142,8 @@ def interleave(
         rounds = seconds / (calls * estimate)
         stride = next((s for s in STRIDES if ROUNDS // s <= rounds), STRIDES[-1])
         plan[name] = calls, stride
+    for function in functions.values():  # in turn, too, they find their memory from now on
+        function()
     timings = {name: Timing() for name in functions}
     for current in range(ROUNDS):
         for name, function in functions.items():

@@ -3,6 +3,7 @@
 All are written for this comparison from the description at their source, which each names.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,10 +95,11 @@ def shift_and_add(
     k, g, s = kernel_size, group_size, scale_factor
     padded = F.pad(features, [k // 2] * 4).view(n, g, c // g, h + k - 1, 1, w + k - 1, 1)
     weights = masks.reshape(n, g, 1, k * k, h, s, w, s)
-    out = sum(
+    terms = (
         padded[:, :, :, u : u + h, :, v : v + w] * weights[:, :, :, u * k + v]
         for u, v in itertools.product(range(k), repeat=2)
     )
+    out = functools.reduce(torch.add, terms)
     return out.reshape(n, c, h * s, w * s)
 
 
