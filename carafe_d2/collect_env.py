@@ -291,7 +291,7 @@ def check_backend(device: str) -> str:
                 return NOT_ON_THIS_PROCESSOR
             if "built without CUDA" in str(error):
                 return "not in this library, which was built without CUDA"
-            errors[dtype] = one_line(error)
+            errors[dtype] = f"{type(error).__name__}: {' '.join(str(error).split())}"
     outcome = []
     if len(errors) < len(DTYPES):
         outcome.append(f"works: {', '.join(dtype for dtype in DTYPES if dtype not in errors)}")

@@ -1,5 +1,6 @@
 """Tests of `python -m carafe_d2.collect_env`."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -14,8 +15,8 @@ from carafe_d2 import __version__, carafe_naive, collect_env, ops
 ALL = "float64, float32, float16, bfloat16"
 
 
-def report(folder: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "carafe_d2.collect_env"]
+def report(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, *options, "-m", "carafe_d2.collect_env"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
@@ -23,12 +24,22 @@ def report(folder: Path) -> subprocess.CompletedProcess:
 def test_report():
     result = report(collect_env.LIBRARY.parents[1])
     assert result.returncode == 0, result.stdout + result.stderr
-    rows = dict(re.split(r"  +", line, maxsplit=1) for line in result.stdout.splitlines() if line)
+    own, of_torch, of_detectron2 = re.split(r"\w+\.utils\.collect_env:\n", result.stdout)
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in own.splitlines() if line)
     assert rows["carafe_d2"].startswith(__version__)
-    assert rows["PyTorch"].startswith(f"{torch.__version__}, ")
+    assert rows["torch"].startswith(f"{torch.__version__}, ")
     assert f"works: {ALL}" in [rows.get("CPU, default"), rows.get("CPU, default (chosen)")]
-    assert result.stdout.count("(chosen)") == 1
+    assert own.count("(chosen)") == 1
     assert ("CUDA, GPU 0" if torch.cuda.is_available() else "CUDA") in rows
+    assert f"PyTorch version: {torch.__version__}" in of_torch
+    assert "DETECTRON2_ENV_MODULE" in of_detectron2
+
+
+def test_report_without_pytorch(tmp_path):
+    result = report(collect_env.LIBRARY.parents[1], "-S")  # without site-packages
+    assert result.returncode == 1, result.stderr
+    assert re.search("^torch +not installed$", result.stdout, re.MULTILINE)
+    assert "FAILS: ModuleNotFoundError: No module named 'torch'" in result.stdout
 
 
 @pytest.mark.slow
@@ -38,7 +49,7 @@ def test_report_without_the_operator(tmp_path):
     shutil.copytree(package, tmp_path / "carafe_d2", ignore=shutil.ignore_patterns("*.so"))
     result = report(tmp_path)
     assert result.returncode == 1, result.stderr
-    assert f"PyTorch                     {torch.__version__}, " in result.stdout
+    assert re.search(f"^torch +{re.escape(torch.__version__)}, ", result.stdout, re.MULTILINE)
     assert f"FAILS: {tmp_path / 'carafe_d2' / '_C.so'} is missing" in result.stdout
     assert "FAILS: ImportError: The compiled operator of carafe_d2 is missing" in result.stdout
     assert "pip install -e . --no-build-isolation" in result.stdout
@@ -98,6 +109,17 @@ def test_variables(monkeypatch):
     assert rows["$OMP_NUM_THREADS"] == "3"
 
 
+def test_machine():
+    machine = json.loads(json.dumps(collect_env.describe_machine()))
+    assert machine["torch"] == torch.__version__
+    assert machine["device"] == "cpu"
+    sentence = collect_env.machine_sentence(machine)
+    assert (
+        f"{machine['threads']} of {machine['cores']} cores, PyTorch {torch.__version__}" in sentence
+    )
+    assert sentence.endswith(f"carafe_d2 {__version__}, {machine['date'][:10]}")
+
+
 def test_working_backend():
     assert collect_env.check_backend("cpu") == f"works: {ALL}"
 
@@ -129,7 +151,7 @@ def test_instruction_set_that_does_not_exist(monkeypatch):
 @pytest.mark.parametrize(
     ("code", "outcome"),
     [
-        ("print('noise'); print('works')", "works"),
+        ("print('works')", "works"),
         ("raise ValueError('this\\nand that')", "FAILS: ValueError: this"),
         ("raise SystemExit(7)", "FAILS: exit code 7"),
         ("import os; os.abort()", "FAILS: killed by SIGABRT"),
