@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -179,9 +178,6 @@ def library_rows() -> Rows:
     ]
     if info["cuda"]:
         rows.append(("CUDA architectures", ", ".join(info["cuda_architectures"])))
-        found = architectures_in(LIBRARY)
-        if found and found != set(info["cuda_architectures"]):
-            rows.append(("  by cuobjdump", ", ".join(sorted(found))))
     return rows
 
 
@@ -192,17 +188,6 @@ def build_info(library: Path) -> dict[str, Any] | None:
     """
     match = re.search(rb"carafe_d2 build info: (\{[^\0]*\})\0", library.read_bytes())
     return json.loads(match[1]) if match else None
-
-
-def architectures_in(library: Path) -> set[str]:
-    """The CUDA architectures in the library as cuobjdump sees them; empty without cuobjdump."""
-    home = os.environ.get("CUDA_HOME")
-    cuobjdump = shutil.which("cuobjdump", path=f"{home}/bin" if home else None)
-    if cuobjdump is None:
-        return set()
-    machine = re.findall(r"\.(sm_\w+)\.cubin", output_of(cuobjdump, "--list-elf", str(library)))
-    ptx = re.findall(r"\.sm_(\w+)\.ptx", output_of(cuobjdump, "--list-ptx", str(library)))
-    return {*machine, *(f"compute_{arch} (PTX)" for arch in ptx)}
 
 
 # ------------------------------------------------------------------------------------- backends

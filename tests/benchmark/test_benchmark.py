@@ -3,7 +3,6 @@
 import ctypes
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -116,12 +115,10 @@ def test_prints_and_inserts_a_table_for_each_case(quick_run):
 def test_plot_is_a_picture(quick_run):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     picture = pyplot.imread(quick_run.folder / "upsampling_float32_contiguous.png")
-    height, width, _ = picture.shape
-    assert min(height, width) > 400
+    assert min(picture.shape[:2]) > 400
     for color in (report.OURS_COLOR, report.PEER_COLOR):
-        wanted = torch.tensor([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-        distance = (torch.from_numpy(picture[..., :3].copy()) - wanted).abs().amax(-1)
-        assert (distance < 0.01).float().mean() > 0.01
+        wanted = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        assert (abs(picture[..., :3] - wanted).max(-1) < 0.01).mean() > 0.01
 
 
 WITHOUT_DETECTRON2 = """
@@ -416,14 +413,6 @@ def test_wrong_options_are_named_in_one_sentence(arguments, message, monkeypatch
     with pytest.raises(UserError, match=message) as error:
         benchmark.main([*arguments, "--output", str(tmp_path)])
     assert "\n" not in str(error.value)
-
-
-def test_errors_leave_with_one_line(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--cases", "p9"])
-    monkeypatch.setattr(measure, "keep_freed_memory", lambda: None)  # this process is not its own
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_module("carafe_d2.benchmark", run_name="__main__")
-    assert exit.value.code.startswith("error: --cases: expected some of ")  # so exit code 1
 
 
 ALL_PEERS = [*peers.PEERS, *peers.compiled_peers()]
