@@ -1,63 +1,46 @@
 """Reports what a bug report needs: `python -m carafe_d2.collect_env`.
 
-Prints versions, the machine, how the compiled operator was built, and which of its backends work:
-each is run, forward and backward, and compared with the definition. Works without Detectron2,
-without a GPU, and where the operator, or even PyTorch, is missing or broken. Exit code 1 says that
-something should work and does not.
+Prints versions, how the compiled operator was built, which of its backends work (each is run,
+forward and backward, and compared with the definition), and then the reports of PyTorch and of
+Detectron2 on themselves and the machine. Works without Detectron2, without a GPU, and where the
+operator, or even PyTorch, is missing or broken. Exit code 1 says that something should work and
+does not.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib
 import importlib.util
 import json
 import os
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .errors import UserError
 from .version import __version__
 
-if TYPE_CHECKING:  # the report has to be printed without it, too
-    pass
-
 LIBRARY = Path(__file__).with_name("_C.so")
+MODULES = ("torch", "torchvision", "detectron2", "fvcore", "pycocotools", "cv2", "numpy", "PIL")
 CPU_INSTRUCTION_SETS = ("avx512", "avx2", "default")  # the operator takes the first it can
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 TIMEOUT = 300  # seconds for a check; it takes a few
-VARIABLES = (  # besides those that begin with CARAFE_D2_
-    "ATEN_CPU_CAPABILITY",
-    "CUDA_HOME",
-    "CUDA_LAUNCH_BLOCKING",
-    "CUDA_PATH",
-    "CUDA_VISIBLE_DEVICES",
-    "CXX",
-    "CXXFLAGS",
-    "DETECTRON2_DATASETS",
-    "FVCORE_CACHE",
-    "LDFLAGS",
-    "LD_LIBRARY_PATH",
-    "LD_PRELOAD",
-    "MKL_NUM_THREADS",
-    "OMP_NUM_THREADS",
-    "PYTHONPATH",
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "TORCH_CUDA_ARCH_LIST",
+VARIABLES = re.compile(
+    "(ATEN|CARAFE_D2|CUDA|DETECTRON2|FVCORE|LD|MKL|OMP|PYTORCH|TORCH)_|(CXX|CXXFLAGS|LDFLAGS|PYTHONPATH)$"
 )
 
 Rows = list[tuple[str, str]]
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report; returns the exit status: 1 where something fails."""
     parser = argparse.ArgumentParser(
         prog="python -m carafe_d2.collect_env",
@@ -70,11 +53,17 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     works = True
     # The variables come first: importing a package may change them.
-    for section in (variable_rows, software_rows, machine_rows, library_rows, backend_rows):
+    for section in (variable_rows, version_rows, library_rows, backend_rows):
         rows = section()
         print("\n".join(f"{name:<28}{value}" for name, value in rows), end="\n\n", flush=True)
         works &= not any("FAILS" in value for _, value in rows)
+    print("torch.utils.collect_env:", run_apart("-m", "torch.utils.collect_env"), sep="\n")
+    if importlib.util.find_spec("detectron2"):
+        print("\ndetectron2.utils.collect_env:", run_apart("-c", DETECTRON2_REPORT), sep="\n")
     return 0 if works else 1
+
+
+DETECTRON2_REPORT = "from detectron2.utils import collect_env as c; print(c.collect_env_info())"
 
 
 # ------------------------------------------------------------------- versions and the machine
@@ -82,35 +71,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def variable_rows() -> Rows:
     """The version of the package, and the environment variables that matter."""
-    package = LIBRARY.parent
-    rows = [("carafe_d2", f"{__version__}{checkout(package.parent)}, {package}")]
-    names = sorted(name for name in os.environ if name.startswith("CARAFE_D2_"))
-    names += [name for name in VARIABLES if name in os.environ]
+    rows = [("carafe_d2", f"{__version__}, {commit() or 'installed'}, {LIBRARY.parent}")]
+    names = sorted(filter(VARIABLES.match, os.environ))
     return rows + [(f"${name}", os.environ[name]) for name in names]
 
 
-def checkout(root: Path) -> str:
-    """Which commit is checked out; nothing where the package was installed."""
+def commit() -> str | None:
+    """The commit that is checked out, `dirty` if files differ; None if it was installed."""
+    root = LIBRARY.parents[1]
     if not (root / ".git").exists():
-        return ""
-    commit = output_of("git", "-C", str(root), "describe", "--always", "--dirty")
-    return f" (checkout of {commit or 'an unknown commit'})"
+        return None
+    return output_of("git", "-C", str(root), "describe", "--always", "--dirty") or "unknown commit"
 
 
-def software_rows() -> Rows:
-    """Version and place of everything that takes part."""
-    modules = {
-        "PyTorch": "torch",
-        "torchvision": "torchvision",
-        "Detectron2": "detectron2",
-        "fvcore": "fvcore",
-        "pycocotools": "pycocotools",
-        "OpenCV": "cv2",
-        "NumPy": "numpy",
-        "Pillow": "PIL",
-    }
+def version_rows() -> Rows:
+    """Version and place of Python and of everything that takes part."""
     rows = [("Python", f"{platform.python_version()}, {sys.executable}")]
-    return rows + [(name, version_of(module)) for name, module in modules.items()]
+    return rows + [(module, version_of(module)) for module in MODULES]
 
 
 def version_of(module: str) -> str:
@@ -121,52 +98,63 @@ def version_of(module: str) -> str:
         imported = importlib.import_module(module)
     except Exception as error:  # whatever a broken installation raises
         return f"FAILS to import: {one_line(error)}"
-    distributions = metadata.packages_distributions().get(module, [])
-    versions = [getattr(imported, "__version__", ""), *map(metadata.version, distributions)]
-    version = max(versions, key=len) or "unknown version"  # the longest says most: 2.15.0+cu132
+    version = getattr(imported, "__version__", "unknown version")
     return f"{version}, {os.path.dirname(imported.__file__ or '')}"
 
 
-def machine_rows() -> Rows:
-    """The operating system, the processor and the GPUs."""
-    rows = [("platform", platform.platform())]
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
+    """What has to be known to read the figures of a run, for JSON.
+
+    Args:
+        device: cpu, or the GPU that runs it.
+
+    Raises:
+        UserError: PyTorch is missing or cannot use that GPU.
+    """
     try:
         import torch
-        from torch.utils.collect_env import get_env_info
+        from torch.utils.collect_env import get_cpu_info, get_nvidia_driver_version, run
+    except ImportError as error:
+        raise UserError(f"PyTorch cannot be imported: {error}") from error
+    model = re.search(r"Model name: *(.*)", get_cpu_info(run) or "")
+    facts = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "carafe_d2": __version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": model[1] if model else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
+        # carafe_d2 takes the widest that the processor has, unless this variable says otherwise.
+        "CARAFE_D2_CPU": os.environ.get("CARAFE_D2_CPU"),
+        "device": torch.device(device).type,
+    }
+    if facts["device"] == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"there is no GPU that PyTorch {torch.__version__} can use")
+        gpu = torch.cuda.get_device_properties(device)
+        facts["gpu"] = gpu.name
+        facts["gpu_memory"] = gpu.total_memory
+        facts["compute_capability"] = f"{gpu.major}.{gpu.minor}"
+        facts["cuda"] = torch.version.cuda
+        facts["driver"] = get_nvidia_driver_version(run)
+    return facts
 
-        env = get_env_info()
-    except Exception:  # `software_rows` says why
-        return [*rows, ("processors", str(os.cpu_count()))]
-    model = re.search(r"Model name: *(.*)", env.cpu_info or "")
-    cpu_capability = torch.backends.cpu.get_cpu_capability()
-    return [
-        *rows,
-        ("operating system", str(env.os)),
-        ("processors", f"{os.cpu_count()}, {model[1] if model else platform.machine()}"),
-        ("CPU capability", f"{cpu_capability}, {torch.get_num_threads()} threads"),
-        ("CUDA of PyTorch", torch.version.cuda or "none"),
-        ("cuDNN of PyTorch", str(torch.backends.cudnn.version() or "none")),
-        ("CUDA toolkit (nvcc)", env.cuda_runtime_version or "none on the PATH"),
-        ("NVIDIA driver", env.nvidia_driver_version or "none"),
-        *gpu_rows(),
-    ]
 
-
-def gpu_rows() -> Rows:
-    """The GPUs, with their compute capabilities and memory."""
-    import torch
-
-    rows = []
-    for index in range(gpu_count()):
-        gpu = torch.cuda.get_device_properties(index)
-        rows.append(
-            (
-                f"GPU {index}",
-                f"{gpu.name}, compute capability {gpu.major}.{gpu.minor}, "
-                f"{gpu.total_memory / 2**30:.0f} GiB",
-            )
+def machine_sentence(machine: dict[str, Any]) -> str:
+    """The same in one line, for people."""
+    if machine["device"] == "cuda":
+        place = f"{machine['gpu']}, driver {machine['driver']}, CUDA {machine['cuda']}"
+    else:
+        instructions = machine["CARAFE_D2_CPU"] or machine["torch_instruction_set"]
+        place = (
+            f"{machine['cpu']}, {instructions}, {machine['threads']} of {machine['cores']} cores"
         )
-    return rows or [("GPU", "none that PyTorch can use")]
+    versions = f"PyTorch {machine['torch']}, carafe_d2 {machine['carafe_d2']}"
+    return f"{place}, {versions}, {machine['date'][:10]}"
 
 
 # --------------------------------------------------------------------------- compiled operator
@@ -183,16 +171,13 @@ def library_rows() -> Rows:
     rows += [
         ("built from", f"carafe_d2 {info['version']}"),
         ("built against", f"PyTorch {info['torch']}, for {info['oldest_torch']} and newer"),
-        ("compiler", f"{info['compiler']}"),
-        ("C++ flags", f"{info['cxxflags']}"),
-        ("linker flags", f"{info['ldflags'] or 'the default ones'}"),
-        ("CUDA", f"{info['cuda'] or 'built without'}"),
+        ("compiler", info["compiler"]),
+        ("C++ flags", info["cxxflags"]),
+        ("linker flags", info["ldflags"] or "the default ones"),
+        ("CUDA", info["cuda"] or "built without"),
     ]
     if info["cuda"]:
         rows.append(("CUDA architectures", ", ".join(info["cuda_architectures"])))
-        found = architectures_in(LIBRARY)
-        if found and found != set(info["cuda_architectures"]):
-            rows.append(("  by cuobjdump", ", ".join(sorted(found))))
     return rows
 
 
@@ -203,17 +188,6 @@ def build_info(library: Path) -> dict[str, Any] | None:
     """
     match = re.search(rb"carafe_d2 build info: (\{[^\0]*\})\0", library.read_bytes())
     return json.loads(match[1]) if match else None
-
-
-def architectures_in(library: Path) -> set[str]:
-    """The CUDA architectures in the library as cuobjdump sees them; empty without cuobjdump."""
-    home = os.environ.get("CUDA_HOME")
-    cuobjdump = shutil.which("cuobjdump", path=f"{home}/bin" if home else None)
-    if cuobjdump is None:
-        return set()
-    machine = re.findall(r"\.(sm_\w+)\.cubin", output_of(cuobjdump, "--list-elf", str(library)))
-    ptx = re.findall(r"\.sm_(\w+)\.ptx", output_of(cuobjdump, "--list-ptx", str(library)))
-    return {*machine, *(f"compute_{arch} (PTX)" for arch in ptx)}
 
 
 # ------------------------------------------------------------------------------------- backends
@@ -253,7 +227,7 @@ def run_apart(*arguments: str, **variables: str) -> str:
     """Runs Python in another process.
 
     Returns:
-        The last line of its output, or the error in one line, which begins with FAILS.
+        Its output, or the error in one line, which begins with FAILS.
     """
     try:
         process = subprocess.run(
@@ -266,7 +240,7 @@ def run_apart(*arguments: str, **variables: str) -> str:
     except subprocess.TimeoutExpired:
         return f"FAILS: no answer within {TIMEOUT} s"
     if process.returncode == 0:
-        return process.stdout.splitlines()[-1]
+        return process.stdout.strip()
     if process.returncode < 0:
         return f"FAILS: killed by {signal.Signals(-process.returncode).name}"
     errors = re.findall(r"^[\w.]+(?:Error|Exception)\b.*", process.stderr, re.MULTILINE)
@@ -302,7 +276,7 @@ def check_backend(device: str) -> str:
                 return NOT_ON_THIS_PROCESSOR
             if "built without CUDA" in str(error):
                 return "not in this library, which was built without CUDA"
-            errors[dtype] = one_line(error)
+            errors[dtype] = f"{type(error).__name__}: {' '.join(str(error).split())}"
     outcome = []
     if len(errors) < len(DTYPES):
         outcome.append(f"works: {', '.join(dtype for dtype in DTYPES if dtype not in errors)}")

@@ -1,6 +1,7 @@
-"""Writing what programs leave behind: whole files, and blocks of a Markdown page."""
+"""What programs leave behind: whole files, tables, and blocks of a Markdown page."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import UserError
@@ -22,6 +23,27 @@ def write_file(path: str | os.PathLike, content: str | bytes) -> None:
         unfinished.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def format_table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    markdown: bool = False,
+    text_columns: int = 1,
+) -> str:
+    """A table for the terminal or for a Markdown page.
+
+    Args:
+        header: of each column.
+        rows: their cells.
+        markdown: whether it is for a page.
+        text_columns: columns at the left that hold text; the others hold numbers.
+    """
+    from tabulate import tabulate  # the rest of this module does without
+
+    alignment = ["left" if i < text_columns else "right" for i in range(len(header))]
+    style = "pipe" if markdown else "simple"
+    return tabulate(rows, header, tablefmt=style, disable_numparse=True, colalign=alignment)
 
 
 class MarkdownBlock:

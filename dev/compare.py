@@ -13,37 +13,34 @@ Examples:
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import io
 import json
 import math
 import os
-import platform
 import shlex
-import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import matplotlib
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tabulate import tabulate
 
-from carafe_d2 import __version__
+from carafe_d2.collect_env import describe_machine, machine_sentence
 from carafe_d2.config import load_config
 from carafe_d2.data.build import check_datasets
 from carafe_d2.errors import UserError, exit_on_user_error
+from carafe_d2.files import MarkdownBlock, format_table, write_file
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -71,9 +68,7 @@ RESERVED = {
     "SOLVER.MAX_ITER": "--iterations",
     "OUTPUT_DIR": "--output",
 }
-# The part of a Markdown page that --markdown writes.
-BEGIN = "<!-- begin: dev/compare.py --markdown writes this -->"
-END = "<!-- end -->"
+BLOCK = "dev/compare.py --markdown writes this"
 
 
 # --- boundary AP --------------------------------------------------------------------------------
@@ -206,8 +201,7 @@ def make_runs(args: argparse.Namespace, cfg: CfgNode) -> list[Run]:
 
 def start(run: Run, threads: int | None) -> subprocess.Popen:
     """Starts a run, or goes on with one that was stopped; `threads` limits its CPU threads."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "command.txt").write_text(shlex.join(["python", *run.command]))
+    write_file(run.folder / "command.txt", shlex.join(["python", *run.command]))
     environment = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     script, *arguments = run.command
     command = [sys.executable, str(ROOT / script), *arguments]
@@ -247,10 +241,7 @@ def finish(run: Run, returncode: int, annotation_file: str) -> dict:
         **dict(zip(METRICS, values, strict=True)),
         "s/iteration": statistics.median(seconds) if seconds else None,
     }
-    # Renamed into place, so that a result is there completely or not at all.
-    unfinished = run.folder / "result.json.tmp"
-    unfinished.write_text(json.dumps(result))
-    unfinished.replace(run.folder / "result.json")
+    write_file(run.folder / "result.json", json.dumps(result))
     return result
 
 
@@ -260,7 +251,8 @@ def run_all(runs: list[Run], jobs: int, threads: int | None, annotation_file: st
     Returns:
         A line for each run that failed.
     """
-    waiting, running, failures, done = list(runs), {}, [], 0
+    waiting, failures, done = list(runs), [], 0
+    running: dict[Run, subprocess.Popen] = {}
     begin = time.monotonic()
     try:
         while waiting or running:
@@ -303,7 +295,7 @@ def summarize(results: list[dict]) -> dict:
     Returns:
         For each metric `mean` and `std`; std is None for one seed. Of the time only the mean.
     """
-    summary = {}
+    summary: dict = {}
     for name in METRICS:
         values = [result[name] for result in results]
         std = statistics.stdev(values) if len(values) > 1 else None
@@ -313,21 +305,19 @@ def summarize(results: list[dict]) -> dict:
     return summary
 
 
-def table(methods: dict[str, dict]) -> str:
-    """The Markdown table: a row for each method of the report."""
+def table(methods: dict[str, dict], markdown: bool = False) -> str:
+    """A row for each method of the report."""
     rows = []
     for name, method in methods.items():
-        cells = [name, METHODS[name]]
+        summary, cells = method["summary"], [name, METHODS[name]]
         for metric in METRICS:
-            mean, std = (method["summary"][metric][k] for k in ("mean", "std"))
+            mean, std = summary[metric]["mean"], summary[metric]["std"]
             cells.append(f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}")
-        seconds = method["summary"]["s/iteration"]
+        seconds = summary["s/iteration"]
         cells.append(f"{method['parameters'] / 1e6:.2f} M")
-        cells.append("not measured" if seconds is None else f"{seconds:.2f}")
-        rows.append(cells)
-    headers = ["pyramid", "mask head", *METRICS, "parameters", "s/iteration"]
-    alignment = ["left", "left", *["right"] * 5]
-    return tabulate(rows, headers, tablefmt="pipe", disable_numparse=True, colalign=alignment)
+        rows.append([*cells, "-" if seconds is None else f"{seconds:.2f}"])
+    header = ["pyramid", "mask head", *METRICS, "parameters", "s/iteration"]
+    return format_table(header, rows, markdown, text_columns=2)
 
 
 def plot(methods: dict[str, dict], path: Path) -> None:
@@ -337,114 +327,55 @@ def plot(methods: dict[str, dict], path: Path) -> None:
     for panel, metric in zip(panels, METRICS, strict=True):
         for row, (name, method) in enumerate(methods.items()):
             color = "tab:red" if name == "carafe" else "tab:blue"
-            summary = method["summary"][metric]
+            mean, std = method["summary"][metric]["mean"], method["summary"][metric]["std"]
             values = [result[metric] for result in method["seeds"].values()]
             panel.plot(values, [row + 0.18] * len(values), "o", color=color, alpha=0.4, ms=5)
-            panel.errorbar(
-                *(summary["mean"], row - 0.12),
-                xerr=summary["std"],
-                fmt="D",
-                color=color,
-                ms=6,
-                capsize=4,
-            )
-            panel.annotate(
-                f"{summary['mean']:.1f}",
-                (summary["mean"], row - 0.12),
-                xytext=(0, 6),
-                textcoords="offset points",
-                ha="center",
-                fontsize=8,
-            )
+            panel.errorbar(mean, row - 0.12, xerr=std, fmt="D", color=color, ms=6, capsize=4)
+            panel.text(mean, row - 0.22, f"{mean:.1f}", ha="center", va="bottom", fontsize=8)
         panel.set_title(metric)
         panel.margins(x=0.12)
         panel.grid(axis="x", color="0.9")
         panel.set_axisbelow(True)
         panel.spines[["top", "right", "left"]].set_visible(False)
-        panel.tick_params(axis="y", length=0)
     panels[0].set_yticks(range(len(methods)), list(methods))
     panels[0].set_ylim(len(methods) - 0.5, -0.6)  # the first method on top
     figure.supxlabel("percent; diamond: mean ± standard deviation, dots: seeds", fontsize=9)
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def describe(args: argparse.Namespace, cfg: CfgNode) -> str:
     """One line that says what was compared, and on what."""
-    device = "CPU" if cfg.MODEL.DEVICE == "cpu" else torch.cuda.get_device_name()
     return (
         f"{args.seeds} seeds, {args.iterations} iterations of {cfg.SOLVER.IMS_PER_BATCH} images, "
-        f"evaluated on {cfg.DATASETS.TEST[0]}; {device}, {cores()} cores, {platform.machine()}, "
-        f"{args.jobs} at a time; carafe-d2 {__version__}, PyTorch {torch.__version__}, "
-        f"{datetime.date.today().isoformat()}."
+        f"evaluated on {cfg.DATASETS.TEST[0]}, {args.jobs} at a time; "
+        f"{machine_sentence(describe_machine(cfg.MODEL.DEVICE))}."
     )
-
-
-def write_page(page: Path, report: dict, picture: Path) -> None:
-    """Puts table and plot between the marks of a Markdown page, the plot in images/ beside it."""
-    before, after = read_page(page)
-    images = page.parent / "images"
-    images.mkdir(exist_ok=True)
-    shutil.copyfile(picture, images / "compare.png")
-    block = [
-        table(report["methods"]),
-        "![Box, mask and boundary AP of each upsampler](images/compare.png)",
-        f"Measured with `{report['command']}`: {report['settings']}",
-    ]
-    page.write_text(f"{before}{BEGIN}\n\n" + "\n\n".join(block) + f"\n\n{END}{after}")
-
-
-def read_page(page: Path) -> tuple[str, str]:
-    """The text before and after the marks of a Markdown page.
-
-    Raises:
-        UserError: the page is missing or has no marks.
-    """
-    text = page.read_text() if page.is_file() else ""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UserError(f"{page} must be a page with the lines {BEGIN!r} and {END!r}")
-    return before, after
 
 
 # --- command line -------------------------------------------------------------------------------
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--config-file",
-        type=Path,
-        metavar="FILE",
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--config-file", type=Path, metavar="FILE",
         help="a Mask R-CNN with CARAFE; default: that of the quick start, with "
-        + " ".join(SHORT_TRAINING),
-    )
-    parser.add_argument(
-        "--methods",
-        default=",".join(METHODS),
-        metavar="NAME,...",
-        help="upsamplers of the pyramid; default: %(default)s",
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of each; default: %(default)s")
-    parser.add_argument(
-        "--iterations", type=int, default=550, help="of each run; default: %(default)s"
-    )
-    parser.add_argument(
-        "--jobs",
-        type=int,
+             + " ".join(SHORT_TRAINING))  # fmt: skip
+    add("--methods", default=",".join(METHODS), metavar="NAME,...",
+        help="upsamplers of the pyramid; default: %(default)s")  # fmt: skip
+    add("--seeds", type=int, default=3, help="seeds of each; default: %(default)s")
+    add("--iterations", type=int, default=550, help="of each run; default: %(default)s")
+    add("--jobs", type=int,
         help="runs side by side; default: one for each CPU core, or one where there is a GPU",
-    )
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "compare")
-    parser.add_argument(
-        "--markdown",
-        type=Path,
-        metavar="FILE",
-        help="also write table and plot into this page, e.g. docs/compare.md",
-    )
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
-    return parser.parse_args()
+    )  # fmt: skip
+    add("--output", type=Path, default=ROOT / "output" / "compare")
+    add("--markdown", type=Path, metavar="FILE",
+        help="also write table and plot into this page, e.g. docs/compare.md")  # fmt: skip
+    add("opts", nargs=argparse.REMAINDER, help="config keys and values")
+    return parser.parse_args(argv)
 
 
 def check_args(args: argparse.Namespace) -> CfgNode:
@@ -464,8 +395,6 @@ def check_args(args: argparse.Namespace) -> CfgNode:
     for key in args.opts[::2]:
         if key in RESERVED:
             raise UserError(f"{key} is set by {RESERVED[key]}")
-    if args.markdown:
-        read_page(args.markdown)
     if args.config_file is None:
         args.config_file, args.opts = QUICK_START, [*SHORT_TRAINING, *args.opts]
     try:
@@ -507,13 +436,14 @@ def make_report(args: argparse.Namespace, cfg: CfgNode, runs: list[Run]) -> dict
                 "summary": summarize(list(seeds.values())),
                 "seeds": seeds,
             }
-    command = shlex.join(["python", "dev/compare.py", *sys.argv[1:]])
-    return {"command": command, "settings": describe(args, cfg), "methods": methods}
+    return {"settings": describe(args, cfg), "methods": methods}
 
 
 @exit_on_user_error()
-def main():
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    block = MarkdownBlock(args.markdown, BLOCK) if args.markdown else None
     cfg = check_args(args)
     # Trainings must not outlive this program, whichever way it is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -521,21 +451,24 @@ def main():
     missing = [run for run in runs if not run.result()]
     print(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished already", flush=True)
     threads = max(1, cores() // args.jobs) if cfg.MODEL.DEVICE == "cpu" else None
-    failures = run_all(
-        missing, args.jobs, threads, MetadataCatalog.get(cfg.DATASETS.TEST[0]).json_file
-    )
+    annotation_file = MetadataCatalog.get(cfg.DATASETS.TEST[0]).json_file
+    failures = run_all(missing, args.jobs, threads, annotation_file)
 
-    report = make_report(args, cfg, runs)
+    command = shlex.join(["python", "dev/compare.py", *argv])
+    report = {"command": command, **make_report(args, cfg, runs)}
     if report["methods"]:
-        (args.output / "results.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_file(args.output / "results.json", json.dumps(report, indent=2) + "\n")
         plot(report["methods"], args.output / "compare.png")
         print("", table(report["methods"]), "", report["settings"], sep="\n")
         print(f"Each seed: {args.output}/results.json; plot: {args.output}/compare.png")
     if failures:
         print("", *failures, sep="\n")
         raise UserError(f"{len(failures)} of {len(runs)} runs failed, for the reasons above")
-    if args.markdown:
-        write_page(args.markdown, report, args.output / "compare.png")
+    if block:
+        plot(report["methods"], args.markdown.parent / "images" / "compare.png")
+        picture = "![Box, mask and boundary AP of each upsampler](images/compare.png)"
+        origin = f"Measured with `{command}`: {report['settings']}"
+        block.write("\n\n".join([table(report["methods"], markdown=True), picture, origin]))
         print(f"Written to {args.markdown}")
 
 

@@ -11,29 +11,26 @@ Examples:
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import detectron2
 import torch
 from detectron2.utils.file_io import PathManager
 
-from carafe_d2 import __version__
+from carafe_d2.collect_env import describe_machine, machine_sentence
 from carafe_d2.config import load_config
 from carafe_d2.data.build import check_datasets
 from carafe_d2.errors import UserError, exit_on_user_error
+from carafe_d2.files import MarkdownBlock, format_table, write_file
 
 ROOT = Path(__file__).resolve().parents[1]
-# The part of the page that this program writes.
-BEGIN = "<!-- begin: dev/reproduce.py writes this from results.json -->"
-END = "<!-- end -->"
+BLOCK = "dev/reproduce.py writes this from results.json"
 WEIGHTS = ("published", "trained")
 
 
@@ -54,7 +51,7 @@ def evaluate(row: dict, weights: str, output_dir: Path, num_gpus: int) -> dict:
     """
     command = evaluation_command(row, weights, "--num-gpus", str(num_gpus))
     command += ["OUTPUT_DIR", str(output_dir)]
-    print(shlex.join(command), flush=True)
+    print(shlex.join(["python", *command]), flush=True)
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=ROOT,
@@ -62,19 +59,19 @@ def evaluate(row: dict, weights: str, output_dir: Path, num_gpus: int) -> dict:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    lines = []
-    for line in process.stdout:
+    log = ""
+    for line in process.stdout or ():
         print(line, end="", flush=True)
-        lines.append(line)
+        log += line
     if process.wait():
-        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        raise UserError(errors[-1].strip() if errors else f"exit code {process.returncode}")
+        errors = re.findall("^error: (.*)", log, re.MULTILINE)
+        raise UserError(errors[-1] if errors else f"exit code {process.returncode}")
+    machine = describe_machine("cuda" if torch.cuda.is_available() else "cpu")
     return {
-        **metrics("".join(lines)),
-        "machine": machine(num_gpus),
-        "software": f"carafe-d2 {__version__}, Detectron2 {detectron2.__version__}, "
-        f"PyTorch {torch.__version__}",
-        "date": datetime.date.today().isoformat(),
+        **metrics(log),
+        "machine": machine_sentence(machine),
+        "devices": num_gpus,
+        "detectron2": detectron2.__version__,
     }
 
 
@@ -104,12 +101,6 @@ def metrics(log: str) -> dict:
     return found
 
 
-def machine(num_gpus: int) -> str:
-    if torch.cuda.is_available():
-        return f"{num_gpus} x {torch.cuda.get_device_name()}"
-    return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
-
-
 def find_weights(row: dict, kind: str, folder: Path | None) -> str:
     """Path of the checkpoint that a row is evaluated with; fetches it if need be.
 
@@ -127,7 +118,7 @@ def find_weights(row: dict, kind: str, folder: Path | None) -> str:
             raise UserError(f"{path} does not exist; {shlex.join(training_command(row))} writes it")
         return str(path)
     address = row["checkpoint"]
-    name = file_name(address)
+    name = address.rpartition("/")[2]
     if folder and (folder / name).is_file():
         return str((folder / name).absolute())
     try:
@@ -139,10 +130,6 @@ def find_weights(row: dict, kind: str, folder: Path | None) -> str:
         ) from error
 
 
-def file_name(address: str) -> str:
-    return address.rpartition("/")[2]
-
-
 def training_command(row: dict) -> list[str]:
     return ["python", "train_net.py", "--config-file", row["training_config"], "--num-gpus", "8"]
 
@@ -150,36 +137,40 @@ def training_command(row: dict) -> list[str]:
 # --- the page -----------------------------------------------------------------------------------
 
 
-def write_page(path: Path, rows: list[dict]) -> None:
-    """Puts table and commands of all rows between the marks of a Markdown page.
-
-    Raises:
-        UserError: the page is missing or has no marks.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; it needs the lines {BEGIN!r} and {END!r}")
-    text = path.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise UserError(f"{path} needs the lines {BEGIN!r} and {END!r}")
-    blocks = [table(rows), *(section(row) for row in rows)]
-    path.write_text(f"{before}{BEGIN}\n\n" + "\n\n".join(blocks) + f"\n\n{END}{after}")
-
-
-def table(rows: list[dict]) -> str:
-    lines = [
-        "| row | model | year | test proposals | published | its checkpoint, measured here "
-        "| trained here |",
-        "|---|---|---|---|---|---|---|",
+def page_content(rows: list[dict]) -> str:
+    """Table, origins of what was measured, and the commands."""
+    header = ["row", "model", "year", "test proposals", "checkpoint", "published"]
+    header += ["its checkpoint, measured here", "trained here"]
+    cells = [
+        [
+            row["name"],
+            f"[{row['model']}](../{row['config']})",
+            *(str(row["year"]), str(row["proposals"]), f"[file]({row['checkpoint']})"),
+            figures(row["published"]) or "none",
+            *(figures(row["measured"][kind]) for kind in WEIGHTS),
+        ]
+        for row in rows
     ]
-    for row in rows:
-        measured = [figures(row["measured"][kind]) or "not measured" for kind in WEIGHTS]
-        model = f"[{row['model']}](../{row['config']})"
-        cells = [f"[{row['name']}](#{row['name']})", model, row["year"], row["proposals"]]
-        cells += [figures(row["published"]) or "none", *measured]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    origins = [
+        f"- `{row['name']}`, {kind}: {result['devices']} x {result['machine']}, "
+        f"Detectron2 {result['detectron2']}."
+        for row in rows
+        for kind, result in row["measured"].items()
+        if result
+    ]
+    commands = [
+        "# measure a row: prints the command of train_net.py and runs it",
+        f"python dev/reproduce.py --rows {rows[0]['name']}",
+        "# train the models; rows that share a checkpoint share a training",
+        *dict.fromkeys(shlex.join(training_command(row)) for row in rows),
+    ]
+    blocks = [
+        format_table(header, cells, markdown=True, text_columns=len(header)),
+        "Where a cell is empty, nobody has measured it.",
+        *(["\n".join(["Measured on:", "", *origins])] if origins else []),
+        "\n".join(["```sh", *commands, "```"]),
+    ]
+    return "\n\n".join(blocks)
 
 
 def figures(result: dict | None) -> str:
@@ -190,54 +181,24 @@ def figures(result: dict | None) -> str:
     return ap + (f" ({result['images/s']:.1f} images/s)" if "images/s" in result else "")
 
 
-def section(row: dict) -> str:
-    """What a person needs to reproduce a row."""
-    evaluation = shlex.join(["python", *evaluation_command(row, row["checkpoint"])])
-    lines = [
-        f"### {row['name']}",
-        "",
-        "```sh",
-        "# measure the published checkpoint",
-        evaluation.replace(" MODEL.WEIGHTS", " \\\n    MODEL.WEIGHTS"),
-        "# train the model",
-        shlex.join(training_command(row)),
-        "```",
-    ]
-    for kind, result in row["measured"].items():
-        if result:
-            where = f"{result['machine']}, {result['software']}, {result['date']}"
-            lines += ["", f"Measured, {kind}: {where}."]
-    return "\n".join(lines)
-
-
 # --- command line -------------------------------------------------------------------------------
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="default: all rows")
-    parser.add_argument(
-        "--weights",
-        choices=WEIGHTS,
-        default="published",
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--rows", nargs="+", metavar="NAME", help="default: all rows")
+    add("--weights", choices=WEIGHTS, default="published",
         help="the published checkpoints, or those that training here has left in output/",
-    )
-    parser.add_argument(
-        "--checkpoints", type=Path, metavar="FOLDER", help="where published ones are looked for"
-    )
-    parser.add_argument("--num-gpus", type=int, default=1)
-    parser.add_argument(
-        "--results",
-        type=Path,
-        metavar="JSON",
-        default=ROOT / "docs" / "results.json",
+    )  # fmt: skip
+    add("--checkpoints", type=Path, metavar="FOLDER", help="where published ones are looked for")
+    add("--num-gpus", type=int, default=1)
+    add("--results", type=Path, metavar="JSON", default=ROOT / "docs" / "results.json",
         help="the rows; the page beside it has the same name and ends in .md",
-    )
-    parser.add_argument("--output", type=Path, default=ROOT / "output" / "reproduce")
-    parser.add_argument(
-        "--page-only", action="store_true", help="write the page anew without measuring"
-    )
-    return parser.parse_args()
+    )  # fmt: skip
+    add("--output", type=Path, default=ROOT / "output" / "reproduce")
+    add("--page-only", action="store_true", help="write the page anew without measuring")
+    return parser.parse_args(argv)
 
 
 def read_rows(path: Path, names: list[str] | None) -> tuple[list[dict], list[dict]]:
@@ -258,11 +219,12 @@ def read_rows(path: Path, names: list[str] | None) -> tuple[list[dict], list[dic
 
 
 @exit_on_user_error()
-def main():
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     rows, wanted = read_rows(args.results, args.rows)
     page = args.results.with_suffix(".md")
-    write_page(page, rows)
+    block = MarkdownBlock(page, BLOCK)
+    block.write(page_content(rows))
     if args.page_only:
         return
 
@@ -281,11 +243,10 @@ def main():
         num_measured += 1
         row["measured"][args.weights] = result
         # After every row, so that nothing is lost when the next one is interrupted.
-        args.results.write_text(json.dumps({"rows": rows}, indent=2, ensure_ascii=False) + "\n")
-        write_page(page, rows)
-        report.append(
-            f"{name}: {figures(result)}; published: {figures(row['published']) or 'none'}"
-        )
+        write_file(args.results, json.dumps({"rows": rows}, indent=2, ensure_ascii=False) + "\n")
+        block.write(page_content(rows))
+        published = figures(row["published"]) or "none"
+        report.append(f"{name}: {figures(result)}; published: {published}")
 
     print("", *report, sep="\n")
     if not num_measured:

@@ -6,12 +6,15 @@ Examples:
     python -m carafe_d2.benchmark --detector
 
 docs/benchmark.md says what the columns mean. The detectors need Detectron2, all else needs only
-PyTorch and, for the plot, matplotlib.
+PyTorch, tabulate and, for the plot, matplotlib.
 """
 
 import argparse
+import json
+import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from itertools import product
@@ -19,10 +22,12 @@ from pathlib import Path
 
 import torch
 
+from ..collect_env import describe_machine, machine_sentence
 from ..errors import UserError, exit_on_user_error
-from ..files import MarkdownBlock
-from . import report, upsampling
+from ..files import MarkdownBlock, write_file
+from . import measure, report, upsampling
 
+CPU = torch.device("cpu")
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 
 
@@ -42,8 +47,9 @@ def positive(kind: type):
     return parse
 
 
-def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__.split("\n\n")[0])
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    description = (__doc__ or "").split("\n\n")[0]
+    parser = Parser(prog="python -m carafe_d2.benchmark", description=description)
     add = parser.add_argument
     add("--device", help="cpu or cuda (default: a GPU where there is one)")
     add("--threads", type=positive(int), help="CPU threads (default: all)")
@@ -51,14 +57,15 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     add("--layout", nargs="+", choices=layouts, metavar="LAYOUT", default=layouts[:1],
         help="contiguous (default), channels_last")  # fmt: skip
     add("--seconds", type=positive(float), metavar="S",
-        help="time for each candidate, pass and case (default: 1; detectors: 20)")  # fmt: skip
+        help="time for each candidate, pass and case (default: 0.5; detectors: 20)")  # fmt: skip
     add("--output", type=Path, metavar="FOLDER", default=Path("output/benchmark"),
         help="where JSON and plot go (default: output/benchmark)")  # fmt: skip
     add("--markdown", type=Path, metavar="FILE", help="put the tables into their block of a page")
+    add("--block", metavar="NAME", help="of that block (default: such as 'upsampling cpu')")
     add("--quick", action="store_true", help="tiny sizes and few rounds, to see that it works")
 
     add = parser.add_argument_group("upsamplers").add_argument
-    cases = ", ".join(upsampling.standard_cases(torch.device("cpu")))
+    cases = ", ".join(upsampling.standard_cases(CPU))
     add("--cases", nargs="+", metavar="CASE", help=f"default: {cases}")
     add("--batch", type=positive(int), metavar="N",
         help="images in the cases p3 to p6 (default: 1, on a GPU 2)")  # fmt: skip
@@ -72,10 +79,12 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
     add("--candidates", nargs="+", metavar="NAME",
         help="names or patterns, e.g. carafe or 'operator/*' (default: all)")  # fmt: skip
     add("--no-peers", action="store_true", help="only what carafe_d2 offers")
-    add("--compile", action="store_true",
-        help="also the definitions under torch.compile, a minute for each case")  # fmt: skip
-    add("--skip", type=positive(float), default=10.0, metavar="S",
-        help="leave out what takes more seconds a call, except CARAFE (default: 10)")  # fmt: skip
+    compiled = ", ".join(n for n, c in upsampling.standard_cases(CPU).items() if c.compiled)
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="the definitions under torch.compile in all cases or in none, a minute or two for "
+             f"each (default: in {compiled}, and in a case of your own)")  # fmt: skip
+    add("--skip", type=positive(float), default=5.0, metavar="S",
+        help="leave out what takes more seconds a call, except CARAFE (default: 5)")  # fmt: skip
     add("--no-plot", action="store_true", help="do without matplotlib")
 
     add = parser.add_argument_group("detectors").add_argument
@@ -86,7 +95,7 @@ def parse_args(arguments: Sequence[str]) -> argparse.Namespace:
         help="of the image in pixels (default: 800 1333)")  # fmt: skip
     add("--training", action="store_true", help="also a training iteration")
 
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
     check_combination(args)
     return args
 
@@ -134,9 +143,11 @@ def choose_cases(args: argparse.Namespace, device: torch.device) -> dict[str, up
             raise UserError(f"--kernel: expected an odd number, got {args.kernel}")
         if c % args.group:
             raise UserError(f"--group: expected a divisor of the {c} channels, got {args.group}")
-        case = upsampling.Case("custom", (n, c, h, w), args.kernel, args.group, args.scale)
-        return {case.name: case}
+        sizes = (n, c, h, w), args.kernel, args.group, args.scale
+        return {"custom": upsampling.Case("custom", *sizes, compiled=args.compile is not False)}
     cases = upsampling.QUICK_CASES if args.quick else upsampling.standard_cases(device, args.batch)
+    if args.compile is not None:
+        cases = {n: replace(case, compiled=args.compile) for n, case in cases.items()}
     for name in args.cases or ():
         if name not in cases:
             raise UserError(f"--cases: expected some of {', '.join(cases)}, got {name!r}")
@@ -144,7 +155,7 @@ def choose_cases(args: argparse.Namespace, device: torch.device) -> dict[str, up
 
 
 def choose_candidates(args: argparse.Namespace) -> list[upsampling.Candidate]:
-    candidates = upsampling.standard_candidates(not args.no_peers, args.compile)
+    candidates = upsampling.standard_candidates(not args.no_peers)
     chosen = set()
     for pattern in args.candidates or ["*"]:
         matching = {
@@ -167,13 +178,14 @@ def benchmark_upsamplers(
     if not args.no_plot and not find_spec("matplotlib"):
         raise UserError("the plot needs matplotlib: pip install matplotlib, or use --no-plot")
     settings = {
-        "seconds": args.seconds or (0.01 if args.quick else 1),
+        "seconds": args.seconds or (0.01 if args.quick else 0.5),
         "skip": args.skip,
         "quick": args.quick,
     }
     benchmark = upsampling.Benchmark(candidates, device, **settings)
     print(report.UPSAMPLING_NOTE)
-    tables, results = [], []
+    tables = []
+    results: list[upsampling.Result] = []
     for dtype, layout in product(args.dtype, args.layout):
         rows = []
         for case in cases.values():
@@ -183,9 +195,9 @@ def benchmark_upsamplers(
             rows += of_case
             # after every case, so that a failure later on loses nothing
             content = [result.as_dict() for result in [*results, *rows]]
-            report.write_json(args.output / "upsampling.json", machine, settings, content)
+            write_json(args.output / "upsampling.json", machine, settings, content)
         if not args.no_plot:
-            title = f"{dtype}, {layout}\n{report.machine_sentence(machine)}"
+            title = f"{dtype}, {layout}\n{machine_sentence(machine)}"
             path = args.output / f"upsampling_{dtype}_{layout}.png"
             report.plot(path, title, cases, rows)
         results += rows
@@ -214,12 +226,18 @@ def benchmark_detectors(
         tables.append(report.detector_table(mode, settings["size"], of_mode))
         print(f"\n{tables[-1].text()}", flush=True)
         results += [result.as_dict() for result in of_mode]
-        report.write_json(args.output / "detectors.json", machine, settings, results)
+        write_json(args.output / "detectors.json", machine, settings, results)
     return tables
 
 
-def main(arguments: Sequence[str]) -> None:
-    args = parse_args(arguments)
+def write_json(path: Path, machine: dict, settings: dict, results: list[dict]) -> None:
+    content = {"machine": machine, "settings": settings, "results": results}
+    write_file(path, json.dumps(content, indent=2) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
     device = choose_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -227,9 +245,10 @@ def main(arguments: Sequence[str]) -> None:
     subject = "upsampling" if args.detector is None else "detectors"
     block = None
     if args.markdown:  # looked for first, because measuring takes minutes
-        block = MarkdownBlock(args.markdown, f"{subject} {device.type}")
-    machine = report.describe_machine(device, arguments)
-    print(report.machine_sentence(machine))
+        block = MarkdownBlock(args.markdown, args.block or f"{subject} {device.type}")
+    machine = describe_machine(str(device))
+    machine["command"] = shlex.join(["python", "-m", "carafe_d2.benchmark", *argv])
+    print(machine_sentence(machine))
     benchmark = benchmark_upsamplers if args.detector is None else benchmark_detectors
     tables = benchmark(args, device, machine)
     if block:
@@ -239,4 +258,5 @@ def main(arguments: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(sys.argv[1:])
+        measure.keep_freed_memory()
+        main()

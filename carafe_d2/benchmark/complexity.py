@@ -13,12 +13,14 @@ import argparse
 import inspect
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from ..errors import UserError, exit_on_user_error
+from ..files import format_table
 from ..upsample import UPSAMPLERS, build_upsampler
 
 aten = torch.ops.aten
@@ -132,19 +134,14 @@ def label(name: str, options: dict[str, int]) -> str:
     return " ".join([name, *(f"{key}={value}" for key, value in chosen.items())])
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--channels", type=int, default=256, help="of input and output (256)")
-    parser.add_argument("--scale", type=int, default=2, help="upsampling ratio (2)")
-    parser.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        default=[100, 136],
-        metavar=("H", "W"),
-        help="input map for the column of totals (100 136)",
-    )
-    parser.add_argument("--conv-kernel", type=int, default=3, help="of deconv, pixel_shuffle (3)")
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--channels", type=int, default=256, help="of input and output (256)")
+    add("--scale", type=int, default=2, help="upsampling ratio (2)")
+    add("--size", type=int, nargs=2, default=[100, 136], metavar=("H", "W"),
+        help="input map for the column of totals (100 136)")  # fmt: skip
+    add("--conv-kernel", type=int, default=3, help="of deconv, pixel_shuffle (3)")
     carafe = parser.add_argument_group("CARAFE", "With several values, a row for each combination.")
     for option, default, what in (
         ("--up-kernel", 5, "side of the reassembly kernel"),
@@ -156,34 +153,31 @@ def parse_args() -> argparse.Namespace:
         carafe.add_argument(
             option, type=int, nargs="+", default=[default], metavar="N", help=f"{what} ({default})"
         )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_user_error()
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     if min(args.size) < 1:
         raise UserError(f"--size must be at least 1 1, got {args.size[0]} {args.size[1]}")
-    header = ["upsampler", "parameters", "FLOPs", "by formula", "by PyTorch", "GFLOPs"]
     rows = []
     for name, options in rows_of(args):
         cost = cost_of(name, args.channels, args.scale, args.size, **options)
-        is_carafe = name == "carafe"
+        by_formula = paper_flops(args.channels, args.scale, **options) if name == "carafe" else 0
         rows.append(
             [
                 label(name, options),
                 f"{cost.parameters:,}",
                 f"{cost.flops:,}",
-                f"{paper_flops(args.channels, args.scale, **options):,}" if is_carafe else "-",
+                f"{by_formula:,}" if by_formula else "-",
                 f"{cost.torch_flops:,}",
                 f"{cost.flops * math.prod(args.size) / 1e9:.3f}",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     print(f"{args.channels} channels, scale {args.scale}")
-    for first, *rest in [header, *rows]:
-        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *cells]))
+    header = ["upsampler", "parameters", "FLOPs", "by formula", "by PyTorch", "GFLOPs"]
+    print(format_table(header, rows))
     print("FLOPs: for each location of the input; a multiplication and an addition count as two.")
     print("by formula: the paper's, section 3.4. by PyTorch: without biases and interpolation.")
     print(f"GFLOPs: for a map of {args.size[0]} x {args.size[1]}.")

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -18,7 +18,7 @@ from torch import nn
 
 from ..config import load_config
 from ..errors import UserError
-from .measure import Clock, count_flops, interleave, ratio, warm_up
+from .measure import Clock, Measurement, count_flops, interleave, warm_up
 from .upsampling import LAYOUTS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -38,20 +38,18 @@ FOREGROUND_IOU = 1e-6
 
 
 @dataclass(frozen=True)
-class Result:
-    """One detector in one mode."""
+class Result(Measurement):
+    """One detector in one mode, with the times of an image."""
 
     config: str
     mode: str
-    milliseconds: float  # for an image; median over the rounds
     images_per_second: float
     baseline: str | None  # the config without CARAFE
     speed: float | None  # images a second relative to the baseline's
-    rounds: int
     gflops: float  # 1e9 operations for an image
     objects: int | None  # detections of inference; foreground RoIs of a training iteration
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -159,9 +157,9 @@ def spread_scores(model: nn.Module, infer: Callable[[], object]) -> None:
     Freshly initialized ones give all classes the same low score, so nothing is detected and the
     mask head has nothing to do.
     """
-    outputs: dict[nn.Module, torch.Tensor] = {}
+    outputs: dict[nn.Linear | nn.Conv2d, torch.Tensor] = {}
 
-    def record(classifier: nn.Module, _, logits: torch.Tensor) -> None:
+    def record(classifier, _, logits: torch.Tensor) -> None:
         outputs.setdefault(classifier, logits.transpose(0, 1).flatten(1))  # (classes, samples)
 
     classifiers = [module for name, module in model.named_modules() if name.endswith("cls_score")]
@@ -173,7 +171,8 @@ def spread_scores(model: nn.Module, infer: Callable[[], object]) -> None:
         mean = logits.mean(dim=1)
         factor = LOGIT_SPREAD / (logits - mean[:, None]).std()
         with torch.no_grad():
-            classifier.bias.sub_(factor * (mean - classifier.bias))
+            bias = classifier.get_parameter("bias")
+            bias.sub_(factor * (mean - bias))
             classifier.weight.mul_(factor)
 
 
@@ -195,7 +194,7 @@ class Benchmark:
     ):
         overrides = [
             *("MODEL.WEIGHTS", "", "MODEL.DEVICE", str(device)),
-            *("MODEL.ROI_HEADS.IOU_THRESHOLDS", [FOREGROUND_IOU]),
+            *("MODEL.ROI_HEADS.IOU_THRESHOLDS", str([FOREGROUND_IOU])),
         ]
         configs = {path.stem: load_config(str(path), overrides) for path in map(config_path, names)}
         self._detectors = {name: Detector(cfg, size, layout) for name, cfg in configs.items()}
@@ -209,17 +208,16 @@ class Benchmark:
         }
         flops = {name: count_flops(function) for name, function in functions.items()}
         estimates = {name: warm_up(function, self._clock) for name, function in functions.items()}
-        samples = interleave(functions, estimates, self._clock, seconds)
-        for name, times in samples.items():
-            baseline = baseline_of(name)
+        timings = interleave(functions, estimates, self._clock, seconds)
+        for name, timing in timings.items():
+            baseline = timings.get(baseline_of(name))
             yield Result(
                 config=name,
                 mode=mode,
-                milliseconds=1e3 * median(times.values()),
-                images_per_second=1 / median(times.values()),
-                baseline=baseline if baseline in samples else None,
-                speed=ratio(samples[baseline], times) if baseline in samples else None,
-                rounds=len(times),
+                images_per_second=1 / timing.seconds,
+                baseline=baseline_of(name) if baseline else None,
+                speed=baseline.seconds / timing.seconds if baseline else None,
                 gflops=flops[name] / 1e9,
                 objects=self._detectors[name].objects,
+                **timing.as_dict(),
             )

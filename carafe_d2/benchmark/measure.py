@@ -1,21 +1,48 @@
 """Times of functions that take turns, so that whatever slows the machine slows all of them."""
 
+import ctypes
+import resource
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from statistics import median
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 ROUNDS = 12
-# A slow function takes part in every second or fourth round. The rounds of slower functions are
-# rounds of all faster ones, so any two functions have rounds in common.
+# A slow function takes part in every second or fourth round.
 STRIDES = (1, 2, 4)
 MAX_CALLS = 200  # of one function in one round
 
 Function = Callable[[], object]
-Samples = dict[int, float]  # seconds a call, by round
+
+
+def keep_freed_memory() -> None:
+    """Has this process reuse the memory that it frees, so that calls do not time page faults.
+
+    glibc takes large tensors from the kernel at every call and gives them back after it; the
+    kernel then clears each page at its first use, which takes longer than many a kernel of ours.
+    Other C libraries are left as they are.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_mmap_max, m_trim_threshold = -4, -1
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)  # never
+
+
+def give_back_memory() -> None:
+    """Returns to the system the freed memory that glibc keeps."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def page_faults() -> int:
+    """How many pages this process has used for the first time so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 class Clock:
@@ -53,6 +80,44 @@ class Clock:
         return sum(start.elapsed_time(end) for start, end in events) / 1e3
 
 
+@dataclass
+class Timing:
+    """What was measured of one function.
+
+    Attributes:
+        rounds: seconds a call in each of the rounds that it took part in.
+        page_faults: in a call, likewise.
+    """
+
+    rounds: list[float] = field(default_factory=list)
+    page_faults: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds a call: the median over the rounds. All ratios are those of medians."""
+        return median(self.rounds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields of a :class:`Measurement`."""
+        lower, _, upper = quantiles(self.rounds, n=4, method="inclusive")
+        return {
+            "milliseconds": 1e3 * self.seconds,
+            "quartiles": (1e3 * lower, 1e3 * upper),
+            "rounds": len(self.rounds),
+            "page_faults": median(self.page_faults),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """The times in a row of a table; None in a row that was not measured."""
+
+    milliseconds: float | None = None  # a call; median over the rounds
+    quartiles: tuple[float, float] | None = None  # in milliseconds, over the rounds
+    rounds: int | None = None
+    page_faults: float | None = None  # in a call; median over the rounds
+
+
 def warm_up(function: Function, clock: Clock) -> float:
     """Calls a function for the first time; returns about how many seconds a call takes."""
     first = clock(function)
@@ -60,8 +125,8 @@ def warm_up(function: Function, clock: Clock) -> float:
 
 
 def interleave(
-    functions: dict[str, Function], estimates: dict[str, float], clock: Clock, seconds: float
-) -> dict[str, Samples]:
+    functions: Mapping[str, Function], estimates: Mapping[str, float], clock: Clock, seconds: float
+) -> dict[str, Timing]:
     """Measures functions in rounds; in each round they take their turns.
 
     Args:
@@ -70,9 +135,6 @@ def interleave(
         clock: of the device that they run on.
         seconds: time for each function. A fast one fills its share of a round with several calls,
             a slow one leaves out rounds, but takes part in three at least.
-
-    Returns:
-        For every function its seconds a call in the rounds that it took part in.
     """
     plan = {}
     for name, estimate in estimates.items():
@@ -80,18 +142,17 @@ def interleave(
         rounds = seconds / (calls * estimate)
         stride = next((s for s in STRIDES if ROUNDS // s <= rounds), STRIDES[-1])
         plan[name] = calls, stride
-    samples: dict[str, Samples] = {name: {} for name in functions}
+    for function in functions.values():  # in turn, too, they find their memory from now on
+        function()
+    timings = {name: Timing() for name in functions}
     for current in range(ROUNDS):
         for name, function in functions.items():
             calls, stride = plan[name]
             if current % stride == 0:
-                samples[name][current] = clock(function, calls)
-    return samples
-
-
-def ratio(samples: Samples, reference: Samples) -> float:
-    """How many times the reference's time: the median over the rounds that both took part in."""
-    return median(samples[r] / reference[r] for r in samples.keys() & reference.keys())
+                timing, faults_before = timings[name], page_faults()
+                timing.rounds.append(clock(function, calls))
+                timing.page_faults.append((page_faults() - faults_before) / calls)
+    return timings
 
 
 def count_flops(function: Function) -> int:

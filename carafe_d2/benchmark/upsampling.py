@@ -4,14 +4,23 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import carafe, carafe_upsample
 from ..upsample import UPSAMPLERS, build_upsampler
-from .measure import Clock, Samples, count_flops, interleave, ratio, warm_up, yardsticks
+from .measure import (
+    Clock,
+    Measurement,
+    Timing,
+    count_flops,
+    give_back_memory,
+    interleave,
+    warm_up,
+    yardsticks,
+)
 from .peers import PEERS, Peer, compiled_peers, mmcv_peers
 
 FORWARD, FORWARD_BACKWARD = PASSES = ("forward", "forward+backward")
@@ -20,13 +29,18 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 
 @dataclass(frozen=True)
 class Case:
-    """Features (N, C, H, W) and the sizes of the reassembly."""
+    """Features (N, C, H, W) and the sizes of the reassembly.
+
+    Attributes:
+        compiled: whether the peers that torch.compile makes take part, half a minute for each.
+    """
 
     name: str
     shape: tuple[int, int, int, int]
     kernel: int = 5
     group: int = 1
     scale: int = 2
+    compiled: bool = False
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -58,9 +72,9 @@ def standard_cases(device: torch.device, batch: int | None = None) -> dict[str, 
     on_gpu = device.type == "cuda"
     batch = batch or (2 if on_gpu else 1)
     cases = [
-        Case("base", (1, 256, 50, 68)),
-        *(Case(name, (batch, 256, *size)) for name, size in PYRAMID.items()),
-        Case("mask_head", (256 if on_gpu else 128, 256, 14, 14)),
+        Case("base", (1, 256, 50, 68), compiled=True),
+        *(Case(n, (batch, 256, *size), compiled=n == "p3") for n, size in PYRAMID.items()),
+        Case("mask_head", (256 if on_gpu else 128, 256, 14, 14), compiled=True),
         Case("grouped", (1, 256, 50, 68), group=4),
         Case("image", (1, 3, 128, 128)),
         # what the operator's grad_check in MMDetection times
@@ -85,7 +99,7 @@ def _upsampler(
     return build_upsampler(name, channels, scale_factor, **options)
 
 
-OURS = {
+OURS: dict[str, Callable] = {
     "operator/carafe": carafe,
     "fused/carafe_upsample": carafe_upsample,
     **{f"upsampler/{name}": partial(_upsampler, name) for name in UPSAMPLERS},
@@ -127,27 +141,22 @@ class Candidate:
     def source(self) -> str:
         return self.peer.source if self.peer else "carafe_d2"
 
-    def obstacle(self, inputs: "Inputs", pass_: str) -> str | None:
-        """Says why it cannot run, if so."""
+    def obstacle(self, inputs: "Inputs", pass_: str, available: int) -> str | None:
+        """Says why it cannot run in that many bytes of memory, if so."""
         if self.peer is None:
             return None
         patches = self.peer.patches[PASSES.index(pass_)]
         memory = patches * inputs.case.patch_elements * inputs.dtype.itemsize
-        if memory > 0.8 * available_memory(inputs.device):
+        if memory > 0.8 * available:
             return f"needs about {memory / 2**30:.0f} GiB of memory"
         return self.peer.limits(inputs.case.shape[1], inputs.case.group, inputs.device)
 
 
-def standard_candidates(with_peers: bool = True, compiled: bool = False) -> dict[str, Candidate]:
-    """The candidates by name, group by group.
-
-    Args:
-        with_peers: also what CARAFE is compared with.
-        compiled: also its definition as torch.compile makes it.
-    """
+def standard_candidates(with_peers: bool = True) -> dict[str, Candidate]:
+    """The candidates by name, group by group; if wanted, also what CARAFE is compared with."""
     candidates = [Candidate(name, build) for name, build in OURS.items()]
     if with_peers:
-        peers = PEERS | mmcv_peers() | (compiled_peers() if compiled else {})
+        peers = PEERS | compiled_peers() | mmcv_peers()
         candidates += [Candidate(name, peer.build, peer) for name, peer in peers.items()]
     groups = list(GROUPS)
     candidates.sort(key=lambda candidate: groups.index(candidate.group))
@@ -200,6 +209,7 @@ class Workload:
     def __init__(self, group: str, build: Callable, inputs: Inputs):
         case = inputs.case
         self._inputs = inputs
+        self._arguments: tuple
         if group == "upsampler":
             self._function = build(case.shape[1], case.scale, case.kernel, case.group)
             self._function.to(
@@ -261,7 +271,7 @@ def demands(
 
 
 @dataclass(frozen=True)
-class Result:
+class Result(Measurement):
     """One row; a row without a time says in `skipped` why there is none."""
 
     case: str
@@ -271,18 +281,15 @@ class Result:
     candidate: str
     source: str
     skipped: str | None = None
-    milliseconds: float | None = None  # median over the rounds
-    fastest: float | None = None  # milliseconds in the fastest round
-    rounds: int | None = None
     speedup: float | None = None  # of the group's CARAFE over this candidate
     fewest_bytes: int | None = None
-    copy_share: float | None = None  # fewest_bytes a second, relative to the copy's
+    gbytes: float | None = None  # 1e9 of the fewest bytes a second
+    copy_share: float | None = None  # gbytes relative to the copy's
     flops: int | None = None
     gflops: float | None = None  # 1e9 operations a second
 
-    def as_dict(self) -> dict:
-        fields = asdict(self)
-        return {name.rstrip("_"): value for name, value in fields.items()}
+    def as_dict(self) -> dict[str, Any]:
+        return {name.rstrip("_"): value for name, value in asdict(self).items()}
 
 
 class Benchmark:
@@ -320,30 +327,36 @@ class Benchmark:
             For each pass a row for each yardstick, then one for every candidate.
         """
         inputs = Inputs(case, dtype, layout, self._device)
+        candidates = [
+            c for c in self._candidates if case.compiled or not (c.peer and c.peer.compiles)
+        ]
         for pass_ in PASSES:
+            give_back_memory()
+            available = available_memory(self._device)
             functions = {y.name: y.function for y in self._yardsticks}
             estimates = {y.name: warm_up(y.function, self._clock) for y in self._yardsticks}
             left_out = {}
-            for candidate in self._candidates:
+            for candidate in candidates:
                 name = candidate.name
                 try:
+                    if obstacle := candidate.obstacle(inputs, pass_, available):
+                        raise LeftOut(obstacle)
                     functions[name], estimates[name] = self._warm_up(candidate, inputs, pass_)
                 except LeftOut as reason:
                     left_out[name] = str(reason)
-            samples = interleave(functions, estimates, self._clock, self._seconds)
+            timings = interleave(functions, estimates, self._clock, self._seconds)
 
             dtype_name = str(dtype).removeprefix("torch.")
             row = partial(Result, case.name, dtype_name, layout, pass_)
             for y in self._yardsticks:
-                measured = self._measured(y.name, samples, y.moved_bytes, y.flops)
-                yield row(y.name, "PyTorch", **measured)
-            for candidate in self._candidates:
+                yield row(y.name, "PyTorch", **self._rates(y.name, timings, y.moved_bytes, y.flops))
+            for candidate in candidates:
                 if candidate.name in left_out:
                     yield row(candidate.name, candidate.source, left_out[candidate.name])
                 else:
                     needs = demands(candidate, case, dtype, layout, pass_)
-                    measured = self._measured(candidate.name, samples, *needs)
-                    yield row(candidate.name, candidate.source, **measured)
+                    rates = self._rates(candidate.name, timings, *needs)
+                    yield row(candidate.name, candidate.source, **rates)
 
     def _warm_up(
         self, candidate: Candidate, inputs: Inputs, pass_: str
@@ -351,10 +364,8 @@ class Benchmark:
         """Returns what to measure, and about how many seconds a call of it takes.
 
         Raises:
-            LeftOut: it cannot run, or takes too long, and is not a reference.
+            LeftOut: it fails, or takes too long, and is not a reference.
         """
-        if obstacle := candidate.obstacle(inputs, pass_):
-            raise LeftOut(obstacle)
         key, forward_key = (
             (candidate.name, inputs.dtype, inputs.layout, name) for name in (pass_, FORWARD)
         )
@@ -381,21 +392,20 @@ class Benchmark:
         if seconds > self._skip and not candidate.is_reference:
             raise LeftOut(f"takes about {seconds:.0f} s a call")
 
-    def _measured(
-        self, name: str, samples: dict[str, Samples], fewest_bytes: int, flops: int
-    ) -> dict:
+    def _rates(
+        self, name: str, timings: dict[str, Timing], fewest_bytes: int, flops: int
+    ) -> dict[str, Any]:
         """The fields of a Result that are numbers."""
-        times = samples[name]
-        seconds = median(times.values())
-        reference = samples.get(GROUPS.get(name.split("/")[0]))
+        seconds = timings[name].seconds
+        reference = timings.get(GROUPS.get(name.split("/")[0], ""))
         copy = self._yardsticks[0]
+        copy_rate = copy.moved_bytes / timings[copy.name].seconds
         return {
-            "milliseconds": 1e3 * seconds,
-            "fastest": 1e3 * min(times.values()),
-            "rounds": len(times),
-            "speedup": ratio(times, reference) if reference else None,
+            **timings[name].as_dict(),
+            "speedup": seconds / reference.seconds if reference else None,
             "fewest_bytes": fewest_bytes,
-            "copy_share": fewest_bytes / copy.moved_bytes * ratio(samples[copy.name], times),
+            "gbytes": fewest_bytes / seconds / 1e9,
+            "copy_share": fewest_bytes / seconds / copy_rate,
             "flops": flops,
             "gflops": flops / seconds / 1e9,
         }

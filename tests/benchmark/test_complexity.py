@@ -1,7 +1,5 @@
 """What upsamplers and whole models cost, by carafe_d2.benchmark.complexity and by fvcore."""
 
-import sys
-
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -55,21 +53,16 @@ def test_wrong_options_are_user_errors():
         complexity.cost_of("carafe", 256, 2, (5, 5), up_kernel=4)
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["complexity.py", *arguments])
-    complexity.main()
-
-
-def test_prints_a_row_for_every_upsampler(monkeypatch, capsys):
-    run(monkeypatch)
+def test_prints_a_row_for_every_upsampler(capsys):
+    complexity.main([])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["carafe", "74,148", "199,496", "199,496", "199,168", "2.713"] in rows
     assert ["deconv", "590,080", "1,181,696", "-", "1,179,648", "16.071"] in rows
     assert {row[0] for row in rows} >= complexity.UPSAMPLERS.keys()
 
 
-def test_prints_a_row_for_every_combination(monkeypatch, capsys):
-    run(monkeypatch, "--channels", "32", "--up-kernel", "3", "5", "--compressed-channels", "8")
+def test_prints_a_row_for_every_combination(capsys):
+    complexity.main(["--channels", "32", "--up-kernel", "3", "5", "--compressed-channels", "8"])
     table = capsys.readouterr().out
     assert "carafe up_kernel=3 compressed_channels=8 " in table
     assert "carafe compressed_channels=8 " in table
@@ -84,9 +77,9 @@ def test_prints_a_row_for_every_combination(monkeypatch, capsys):
         (["--up-group", "3"], "up_group must divide channels = 256, got 3"),
     ],
 )
-def test_wrong_options_end_with_one_line(monkeypatch, arguments, message):
+def test_wrong_options_end_with_one_line(arguments, message):
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
-        run(monkeypatch, *arguments)
+        complexity.main(arguments)
 
 
 def test_detectron2_counts_the_pyramid():

@@ -5,28 +5,28 @@ import re
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from carafe_d2.benchmark import __main__ as benchmark
+from carafe_d2.files import MarkdownBlock
 from dev import gpu_check
-from dev.gpu_check import Outcome, Plan
+from dev.gpu_check import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
-
-MACHINE = {"date": "2020-02-02", "commit": "abc", "GPU": "a fast one", "PyTorch": "2.99"}
-
-
-def plan_of(stage: str, *arguments: str) -> Plan:
-    return gpu_check.STAGES[stage][1](gpu_check.parse_args(arguments))
+MACHINE = {"date": "2020-02-02", "commit": "abc", "gpu": "a fast one", "torch": "2.99"}
 
 
-def run(plan: Plan, folder: Path, timeout: float = 60) -> Outcome:
-    outcome = Outcome("stage", "something")
-    gpu_check.run_stage(outcome, plan, folder, timeout)
-    return outcome
+def stages(*arguments: str) -> dict[str, Stage]:
+    return gpu_check.make_stages(gpu_check.parse_args(arguments))
+
+
+def run(folder: Path, *commands: list[str], timeout: float = 60, **environment: str) -> Stage:
+    stage = Stage("stage", "something", commands, environment=environment)
+    gpu_check.run_stage(stage, folder, timeout)
+    return stage
 
 
 def program(code: str) -> list[str]:
@@ -38,28 +38,27 @@ def program(code: str) -> list[str]:
 
 def test_passing_stage(tmp_path):
     code = "import os; [print(i) for i in range(99)]; print(os.environ['WHERE'])"
-    outcome = run(Plan([program("print('first')"), program(code)], {"WHERE": "here"}), tmp_path)
-    assert outcome.result == "passed"
-    assert outcome.seconds > 0
-    assert outcome.commands[0] == "WHERE=here python -c 'print('\"'\"'first'\"'\"')'"
-    assert outcome.output.endswith("\n98\nhere")
-    assert len(outcome.output.splitlines()) == gpu_check.TAIL_LINES
+    stage = run(tmp_path, program("print('first')"), program(code), WHERE="here")
+    assert stage.result == "passed"
+    assert stage.seconds > 0
+    assert stage.shown().startswith("WHERE=here python -c 'print(")
+    assert stage.output.endswith("\n98\nhere")
+    assert len(stage.output.splitlines()) == gpu_check.TAIL_LINES
     assert (tmp_path / "stage.log").read_text().startswith("first\n0\n1\n")
 
 
 @pytest.mark.parametrize(
-    ("command", "reason"),
+    ("command", "result"),
     [
-        (program("import sys; sys.exit('broken')"), "exit code 1"),
-        (program("import os; os.abort()"), "ended by SIGABRT"),
-        (["no/such/program"], r".*No such file or directory: 'no/such/program'"),
+        (program("import sys; sys.exit('broken')"), "failed: exit code 1"),
+        (program("import os; os.abort()"), "failed: ended by SIGABRT"),
+        (["no/such/program"], "failed: .*No such file or directory: 'no/such/program'"),
     ],
 )
-def test_failing_stage_ends_at_once(command, reason, tmp_path):
-    outcome = run(Plan([command, program("print('not reached')")]), tmp_path)
-    assert outcome.result == "failed"
-    assert re.fullmatch(reason, outcome.reason)
-    assert "not reached" not in outcome.output
+def test_failing_stage_ends_at_once(command, result, tmp_path):
+    stage = run(tmp_path, command, program("print('not reached')"))
+    assert re.fullmatch(result, stage.result)
+    assert "not reached" not in stage.output
 
 
 def test_stage_that_hangs_is_ended_with_its_children(tmp_path):
@@ -68,85 +67,87 @@ def test_stage_that_hangs_is_ended_with_its_children(tmp_path):
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         "print(child.pid, flush=True); time.sleep(600)"
     )
-    outcome = run(Plan([program(code)]), tmp_path, timeout=3)
-    assert outcome.verdict == "failed: took longer than 0.05 minutes"
-    command_line = Path("/proc", outcome.output, "cmdline")
+    stage = run(tmp_path, program(code), timeout=3)
+    assert stage.result == "failed: took longer than 0.05 minutes"
+    command_line = Path("/proc", stage.output, "cmdline")
     deadline = time.monotonic() + 10
     while command_line.exists() and command_line.read_bytes():  # a zombie has none
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def test_stage_with_an_obstacle_is_skipped_and_says_why(tmp_path):
-    outcome = run(Plan(obstacle="no moon tonight"), tmp_path)
-    assert outcome.verdict == "skipped: no moon tonight"
-    assert not (tmp_path / "stage.log").exists()
-
-
 # ------------------------------------------------------------------------------- a whole run
 
 
 @pytest.fixture
-def fake_stages(monkeypatch):
-    """Three stages, the first of which fails and the second of which lacks something."""
-    plans = {
-        "build": Plan([program("print('oh no'); raise SystemExit(3)")]),
-        "tests": Plan(obstacle="no moon tonight"),
-        "training": Plan([program("print('all is well')")]),
-    }
-    stages = {name: (f"about {name}", partial(lambda p, _: p, p)) for name, p in plans.items()}
-    monkeypatch.setattr(gpu_check, "STAGES", stages)
-    monkeypatch.setattr(gpu_check, "describe_machine", lambda: MACHINE)
+def check(monkeypatch, tmp_path):
+    """Runs three stages, the first of which fails and the second of which lacks something."""
+
+    def check(*arguments: str, training: str = "print('all is well')") -> dict:
+        stages = (
+            Stage("build", "about build", [program("print('oh no'); raise SystemExit(3)")]),
+            Stage("tests", "about tests", [], "no moon tonight"),
+            Stage("training", "about training", [program(training)]),
+        )
+        monkeypatch.setattr(gpu_check, "make_stages", lambda _: {s.name: s for s in stages})
+        monkeypatch.setattr(gpu_check, "describe_gpu_machine", lambda: MACHINE)
+        gpu_check.main(["--output", str(tmp_path), *arguments])
+
+    return check
 
 
-def test_a_failure_stops_nothing_but_shows_in_the_exit_code(fake_stages, tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        gpu_check.main(["--output", str(tmp_path)])
-    assert exit_.value.code == 1
-    assert [line.split(" (")[0] for line in capsys.readouterr().out.splitlines()[:3]] == [
-        "build: about build ... failed: exit code 3",
-        "tests: about tests ... skipped: no moon tonight",
-        "training: about training ... passed",
-    ]
-    content = json.loads((tmp_path / "report.json").read_text())
+def results(folder: Path) -> dict[str, str]:
+    content = json.loads((folder / "report.json").read_text())
     assert content["machine"] == MACHINE
-    assert [(s["stage"], s["result"]) for s in content["stages"]] == [
-        ("build", "failed"),
-        ("tests", "skipped"),
-        ("training", "passed"),
-    ]
-    gpu_check.main(["--output", str(tmp_path), "--stages", "training", "tests"])
+    return {stage["name"]: stage["result"] for stage in content["stages"]}
 
 
-def test_report(fake_stages, tmp_path):
-    with pytest.raises(SystemExit):
-        gpu_check.main(["--output", str(tmp_path)])
+def test_a_failure_stops_nothing_but_shows_in_the_exit_code(check, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        check()
+    assert exit_.value.code == 1
+    expected = {
+        "build": "failed: exit code 3",
+        "tests": "skipped: no moon tonight",
+        "training": "passed",
+    }
+    assert results(tmp_path) == expected
+    printed = capsys.readouterr().out
     report = (tmp_path / "report.md").read_text()
-    begin = "# GPU check\n\n| | |\n| :-- | :-- |\n| date | 2020-02-02 |\n| commit | abc |\n| GPU |"
-    assert report.startswith(begin)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines()]
+    assert ["gpu", "a fast one"] in rows
+    for name, result in expected.items():
+        assert [name, f"about {name}", result] in [row[:3] for row in rows]
+        assert f"{name}: about {name} ... {result} (" in printed
     assert "\n1 passed, 1 failed, 1 skipped\n" in report
-    assert "\n| tests | about tests | skipped: no moon tonight | 0 |\n" in report
     failure = report.split("\n## build: failed\n")[1].split("\n## ")[0]
     assert "\npython -c " in failure
     assert "\noh no\n" in failure
-    figures = report.split("\n## Figures\n")[1].split("\n## ")[0]
-    assert "\npython -m carafe_d2.benchmark --device cuda " in figures
-    assert "--markdown docs/benchmark.md" in figures
     assert str(ROOT) not in report
 
 
-def test_report_is_there_before_the_end(fake_stages, tmp_path, monkeypatch):
+def test_stages_may_be_run_one_by_one(check, tmp_path):
+    for name in ("training", "tests"):
+        check("--stages", name)
+    assert results(tmp_path) == {"tests": "skipped: no moon tonight", "training": "passed"}
+    with pytest.raises(SystemExit, match=r"error: --stages: expected some of build, .*'lunch'"):
+        check("--stages", "lunch")
+
+
+def test_report_is_there_before_the_end(check, tmp_path, monkeypatch):
     """Whoever is interrupted keeps what was found."""
+    run_stage = gpu_check.run_stage
 
-    def interrupt(_):
-        raise KeyboardInterrupt
+    def interrupted(stage, *arguments):
+        if stage.name == "training":
+            raise KeyboardInterrupt
+        run_stage(stage, *arguments)
 
-    monkeypatch.setitem(gpu_check.STAGES, "training", ("about", interrupt))
+    monkeypatch.setattr(gpu_check, "run_stage", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        gpu_check.main(["--output", str(tmp_path)])
-    report = (tmp_path / "report.md").read_text()
-    assert "\n| build | about build | failed: exit code 3 |" in report
-    assert "\n| training | about | not run | 0 |\n" in report
+        check()
+    found = results(tmp_path)
+    assert (found["build"], found["training"]) == ("failed: exit code 3", "not run")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -155,59 +156,48 @@ def test_says_in_one_line_that_there_is_no_gpu():
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stdout == ""
-    assert re.fullmatch(
-        r"error: gpu-check needs a CUDA GPU, and PyTorch \S+ finds none\n", result.stderr
-    )
+    message = r"error: gpu-check needs a CUDA GPU: there is no GPU that PyTorch \S+ can use\n"
+    assert re.fullmatch(message, result.stderr)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--stages", "lunch"], "error: argument --stages: invalid choice: 'lunch'"),
-        (["--quick", "--write-docs"], "error: --quick measures nothing"),
-    ],
-)
-def test_wrong_options(arguments, message):
-    with pytest.raises(SystemExit, match=message):
-        gpu_check.parse_args(arguments)
+def test_quick_figures_are_not_written():
+    with pytest.raises(SystemExit, match="error: --quick measures nothing"):
+        gpu_check.main(["--quick", "--write-docs"])
 
 
 # --------------------------------------------------------------------------- the real stages
 
 
 def test_commands_name_things_that_exist():
-    for stage in gpu_check.STAGES:
-        for quick in ([], ["--quick"]):
-            for command in plan_of(stage, "--mmcv", "mmcv.tar.gz", *quick).commands:
+    for quick in ([], ["--quick"]):
+        for stage in stages("--mmcv", "mmcv.tar.gz", *quick).values():
+            for command in stage.commands:
                 paths = [w for w in command if re.fullmatch(r"[\w/]+\.(py|yaml)|tests", w)]
                 assert all((ROOT / path).exists() for path in paths), command
     assert "def test_small_shapes(" in (ROOT / "tests" / "test_gpu.py").read_text()
     assert gpu_check.EXPECTED_RESULTS in (ROOT / "Makefile").read_text()
 
 
-@pytest.mark.parametrize("arguments", [(), ("--quick",), ("--write-docs",)])
-@pytest.mark.parametrize("stage", ["benchmark", "detectors"])
-def test_benchmark_takes_its_options(stage, arguments, monkeypatch):
-    import benchmark
-
-    monkeypatch.setattr(gpu_check, "missing_for_training", lambda: None)
-    (command,) = plan_of(stage, *arguments).commands
-    args = benchmark.parse_args(command[2:])
+@pytest.mark.parametrize("option", ["--no-build", "--quick", "--write-docs"])
+@pytest.mark.parametrize("name", ["benchmark", "benchmark_half", "detectors"])
+def test_benchmark_takes_its_options(name, option):
+    (command,) = stages(option)[name].commands
+    assert command[1:3] == ["-m", "carafe_d2.benchmark"]
+    args = benchmark.parse_args(command[3:])
     assert args.device == "cuda"
-    assert (args.detector is not None) == (stage == "detectors")
-    assert args.markdown == (Path("docs/benchmark.md") if "--write-docs" in arguments else None)
-    page = (ROOT / "docs" / "benchmark.md").read_text()
-    assert {"<!-- begin: upsampling cuda -->", "<!-- begin: detectors cuda -->"} <= set(
-        page.splitlines()
-    )
+    assert args.quick == (option == "--quick")
+    assert (args.detector is not None) == (name == "detectors")
+    if option == "--write-docs":
+        MarkdownBlock(ROOT / args.markdown, args.block)
+    else:
+        assert args.markdown is None
 
 
-def test_mixed_precision_is_what_sets_the_trainings_apart(monkeypatch):
-    monkeypatch.setattr(gpu_check, "missing_for_training", lambda: None)
-    full, mixed = (plan_of(stage).commands[-1] for stage in ("training", "training_amp"))
+def test_mixed_precision_is_what_sets_the_trainings_apart():
+    full, mixed = (stages()[name].commands[-1] for name in ("training", "training_amp"))
     differences = [pair for pair in zip(full, mixed, strict=True) if pair[0] != pair[1]]
     assert differences[0] == ("False", "True")
-    assert [Path(path).name for path in differences[1]] == ["training_float32", "training_amp"]
+    assert len(differences) == 2  # the other is the folder
     assert gpu_check.EXPECTED_RESULTS in full
 
 
@@ -215,31 +205,31 @@ def test_what_is_missing_is_an_obstacle(monkeypatch):
     for function in ("find_nvcc", "find_sanitizer"):
         monkeypatch.setattr(gpu_check, function, lambda: None)
     monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
-    needing = {
+    expected = {
+        None: ["environment", "tests", "slow_tests", "grad_check", "benchmark", "benchmark_half"],
         "no nvcc found": ["build", "nvcc"],
-        "compute-sanitizer is neither on the PATH": [t for t in gpu_check.STAGES if "check" in t],
+        "compute-sanitizer is neither": ["memcheck", "racecheck", "initcheck", "synccheck"],
         "Detectron2 and pycocotools and OpenCV": ["detectors", "training", "training_amp"],
         "no --mmcv given; the benchmark runs without mmcv": ["mmcv"],
     }
-    needing["compute-sanitizer is neither on the PATH"].remove("grad_check")
-    for obstacle, stages in needing.items():
-        for stage in stages:
-            assert (plan_of(stage).obstacle or "").startswith(obstacle), stage
-    assert plan_of("mmcv", "--mmcv", "mmcv.tar.gz").obstacle.startswith("no nvcc found")
-    assert plan_of("build", "--no-build").obstacle == "--no-build"
-    for stage in ("tests", "grad_check", "benchmark"):
-        assert plan_of(stage).obstacle is None
-    assert "--no-plot" in plan_of("benchmark").commands[0]
+    here = stages()
+    assert {name for names in expected.values() for name in names} == set(here)
+    for obstacle, names in expected.items():
+        for name in names:
+            assert str(here[name].obstacle).startswith(str(obstacle)), name
+    assert stages("--mmcv", "mmcv.tar.gz")["mmcv"].obstacle.startswith("no nvcc found")
+    assert stages("--no-build")["build"].obstacle == "--no-build"
+    assert "--no-plot" in here["benchmark"].commands[0]
 
 
 def test_benchmark_meets_the_mmcv_that_was_built(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     arguments = ["--output", str(tmp_path)]
-    assert plan_of("benchmark", *arguments).environment == {}
+    assert stages(*arguments)["benchmark"].environment == {}
     library = tmp_path / "mmcv" / "mmcv" / "carafe.so"
     library.parent.mkdir(parents=True)
     library.touch()
-    (folder,) = plan_of("benchmark", *arguments).environment.values()
+    (folder,) = stages(*arguments)["benchmark"].environment.values()
     assert (ROOT / folder).resolve() == tmp_path / "mmcv"
 
 
@@ -251,6 +241,4 @@ def test_finds_compute_sanitizer(part, tmp_path, monkeypatch):
     path.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setattr(gpu_check.shutil, "which", lambda name: None)
-    assert gpu_check.find_sanitizer() == str(path)
-    command = plan_of("racecheck").commands[0]
-    assert command[:3] == [str(path), "--tool", "racecheck"]
+    assert stages()["racecheck"].commands[0][:3] == [str(path), "--tool", "racecheck"]
