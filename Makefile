@@ -53,7 +53,7 @@ quickstart: environment
 	@echo "  $(PY) train_net.py --config-file configs/mask_rcnn_R50_FPN_carafe_1x.yaml"
 
 test: environment
-	$(PY) -m pytest --numprocesses auto --dist loadfile
+	$(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 bench: environment
 	$(PY) -m carafe_d2.benchmark

@@ -34,34 +34,30 @@ STATE_DICT = {
 }
 
 
+def tree(modules):
+    """A module with the given ones at dotted paths."""
+    root = nn.Module()
+    for path, module in modules.items():
+        *parents, name = path.split(".")
+        parent = root
+        for part in parents:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = getattr(parent, part)
+        parent.add_module(name, module)
+    return root
+
+
 def detector(norm="FrozenBN", classes=5, mask_head=False):
     """A module with the weights of STATE_DICT by the names of Detectron2."""
-    model = nn.Module()
-    model.backbone = nn.Module()
-    model.backbone.bottom_up = nn.Module()
-    model.backbone.bottom_up.stem = BasicStem(3, 4, norm=norm)
-    model.backbone.fpn_lateral2 = nn.Conv2d(4, 4, 1)
-    model.roi_heads = nn.Module()
-    model.roi_heads.box_predictor = nn.Module()
-    model.roi_heads.box_predictor.cls_score = nn.Linear(4, classes + 1)
+    modules = {
+        "backbone.bottom_up.stem": BasicStem(3, 4, norm=norm),
+        "backbone.fpn_lateral2": nn.Conv2d(4, 4, 1),
+        "roi_heads.box_predictor.cls_score": nn.Linear(4, classes + 1),
+    }
     if mask_head:
-        model.roi_heads.mask_head = nn.Module()
-        model.roi_heads.mask_head.predictor = nn.Conv2d(4, classes, 1)
-    return model
-
-
-def module_of(names):
-    """A module with parameters of those names, and of one number each."""
-    root = nn.Module()
-    for name in names:
-        *path, parameter = name.split(".")
-        module = root
-        for part in path:
-            if not hasattr(module, part):
-                module.add_module(part, nn.Module())
-            module = getattr(module, part)
-        module.register_parameter(parameter, nn.Parameter(torch.zeros(1)))
-    return root
+        modules["roi_heads.mask_head.predictor"] = nn.Conv2d(4, classes, 1)
+    return tree(modules)
 
 
 @pytest.fixture
@@ -98,7 +94,7 @@ def test_saves_and_loads(tmp_path):
 def test_empty_path_leaves_the_model_alone():
     pack = CARAFEPack(4, 2)
     before = pack.content_encoder.weight.clone()
-    CarafeCheckpointer(pack).load("")
+    assert CarafeCheckpointer(pack).load("") == {}
     assert torch.equal(pack.content_encoder.weight, before)
 
 
@@ -130,12 +126,9 @@ def test_model_zoo_files_of_detectron2_load(tmp_path):
     ("spoil", "message"),
     [
         (lambda file: file.unlink(), "model.pth do not exist; set MODEL.WEIGHTS"),
-        (lambda file: file.write_bytes(b""), "model.pth is not a readable checkpoint"),
-        (lambda file: file.write_bytes(b"no checkpoint"), "model.pth is not a readable checkpoint"),
-        (
-            lambda file: file.write_bytes(file.read_bytes()[:1000]),
-            "model.pth is not a readable checkpoint",
-        ),
+        (lambda file: file.write_bytes(b""), "is not a readable checkpoint"),
+        (lambda file: file.write_bytes(b"no checkpoint"), "is not a readable checkpoint"),
+        (lambda file: os.truncate(file, 1000), "is not a readable checkpoint"),
         (lambda file: torch.save([1], file), "model.pth is no checkpoint: it holds a list"),
         (lambda file: torch.save({"epoch": 3}, file), "its 'epoch' is no weight but a int"),
         (
@@ -152,11 +145,6 @@ def test_unusable_files_are_named(tmp_path, spoil, message):
     with pytest.raises(UserError, match=message) as error:
         checkpointer.load(str(tmp_path / "model.pth"))
     assert "\n" not in str(error.value)
-
-
-def test_unreachable_address_is_named():
-    with pytest.raises(UserError, match="cannot fetch the weights http://localhost:1/model"):
-        CarafeCheckpointer(CARAFEPack(4, 2)).load("http://localhost:1/model.pth")
 
 
 def test_addresses_are_fetched_once(tmp_path, state_dict, monkeypatch):
@@ -183,6 +171,8 @@ def test_addresses_are_fetched_once(tmp_path, state_dict, monkeypatch):
         with pytest.raises(UserError, match=rf"cannot fetch the weights {address}/absent.pth.*404"):
             CarafeCheckpointer(model).load(f"{address}/absent.pth")
         server.shutdown()
+    with pytest.raises(UserError, match=f"cannot fetch the weights {address}/unreachable.pth"):
+        CarafeCheckpointer(model).load(f"{address}/unreachable.pth")
     assert requests.count(("/mmdet.pth", 200)) == 1
 
 
@@ -199,23 +189,17 @@ def test_mmdetection_checkpoints_load(path, state_dict, norm, zip_file, caplog):
 
 
 @pytest.mark.parametrize("name", STATE_DICT)
-def test_lacking_weights_are_named(path, state_dict, name):
+def test_lacking_weights_are_named_and_the_model_is_not_touched(path, state_dict, name):
     del state_dict[name]
     save(path, state_dict)
+    model = detector()
     if name.endswith("num_batches_tracked"):  # which no result depends on
-        CarafeCheckpointer(detector()).load(str(path))
+        CarafeCheckpointer(model).load(str(path))
         return
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     kind = name.rpartition(".")[2]
     with pytest.raises(UserError, match=rf"checkpoint.pth does not fit .* it lacks \S+\.{kind}$"):
-        CarafeCheckpointer(detector()).load(str(path))
-
-
-def test_model_is_not_touched_by_a_checkpoint_that_does_not_fit(path, state_dict):
-    del state_dict["roi_head.bbox_head.fc_cls.bias"]
-    model = detector()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UserError):
-        CarafeCheckpointer(model).load(save(path, state_dict))
+        CarafeCheckpointer(model).load(str(path))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -253,33 +237,25 @@ def test_other_shape_is_named(path, state_dict):
         CarafeCheckpointer(detector()).load(save(path, state_dict))
 
 
-def convolutions(first_stage, blocks, in_a_block):
-    """Names of a ResNet's convolutions; first_stage is the name of its first stage."""
-    prefix, number = first_stage[:-1], int(first_stage[-1])
-    return [
-        f"{prefix}{number + stage}.{block}.conv{i}.weight"
-        for stage, count in enumerate(blocks)
+def convolutions(stage, blocks, in_a_block):
+    """A ResNet's convolutions by their names; `stage` is the name of one by its number."""
+    return {
+        f"{stage(number)}.{block}.conv{i}": nn.Conv2d(1, 1, 1, bias=False)
+        for number, count in enumerate(blocks, start=1)
         for block in range(count)
         for i in range(1, in_a_block + 1)
-    ]
+    }
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours", "message"),
-    [
-        (
-            ((3, 4, 23, 3), 3),
-            ((3, 4, 6, 3), 3),
-            "ResNet-101 and the model's a ResNet-50; .* to 101",
-        ),
-        (((3, 4, 6, 3), 2), ((3, 4, 6, 3), 3), "ResNet-34 and the model's a ResNet-50; .* to 34"),
-    ],
+    ("depth", "blocks", "in_a_block"), [(101, (3, 4, 23, 3), 3), (34, (3, 4, 6, 3), 2)]
 )
-def test_other_depth_is_named(path, theirs, ours, message):
-    state_dict = {n: torch.rand(1) for n in convolutions("backbone.layer1", *theirs)}
-    model = module_of(convolutions("backbone.bottom_up.res2", *ours))
+def test_other_depth_is_named(path, depth, blocks, in_a_block):
+    theirs = tree(convolutions("backbone.layer{}".format, blocks, in_a_block))
+    ours = tree(convolutions(lambda i: f"backbone.bottom_up.res{i + 1}", (3, 4, 6, 3), 3))
+    message = f"ResNet-{depth} and the model's a ResNet-50; .* to {depth}"
     with pytest.raises(UserError, match=message):
-        CarafeCheckpointer(model).load(save(path, state_dict))
+        CarafeCheckpointer(ours).load(save(path, theirs.state_dict()))
 
 
 def test_boxes_are_evaluated_without_the_mask_head_of_the_checkpoint(path, state_dict, caplog):
@@ -325,8 +301,8 @@ def mmengine(monkeypatch):
     module = types.ModuleType(name)
     module.HistoryBuffer = HistoryBuffer
     monkeypatch.setattr(HistoryBuffer, "__module__", name)
-    monkeypatch.setitem(sys.modules, "mmengine", types.ModuleType("mmengine"))
-    monkeypatch.setitem(sys.modules, "mmengine.logging", types.ModuleType("mmengine.logging"))
+    for package in ("mmengine", "mmengine.logging"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
     monkeypatch.setitem(sys.modules, name, module)
     return module
 

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+SCRIPTS = {".yaml": ROOT / "train_net.py", ".py": ROOT / "tools" / "lazyconfig_train_net.py"}
+YAML, LAZY = "shapes_mask_rcnn_R18_FPN_carafe.yaml", "lazy/shapes_mask_rcnn_R18_FPN_carafe.py"
 SMALL = [
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
     *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "20", "MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
@@ -29,21 +31,19 @@ def datasets(make_shapes):
     return make_shapes(train=12, val=4)
 
 
+def command_line(config, *arguments):
+    """Script and arguments that train by a config of this project, as a YAML or a LazyConfig."""
+    script = SCRIPTS[Path(config).suffix]
+    return [str(a) for a in (script, "--config-file", ROOT / "configs" / config, *arguments)]
+
+
 @pytest.fixture(scope="module")
 def start(datasets):
-    """Starts train_net.py, or the script for LazyConfigs if `config` is one; stdout and stderr come
-    in one stream."""
+    """Starts Python with the arguments; stdout and stderr come in one stream."""
 
-    def start(*arguments, config="shapes_mask_rcnn_R18_FPN_carafe.yaml", **environment):
-        lazy = config.endswith(".py")
+    def start(*arguments, **environment):
         return subprocess.Popen(
-            [
-                *(
-                    sys.executable,
-                    ROOT / ("tools/lazyconfig_train_net.py" if lazy else "train_net.py"),
-                ),
-                *("--config-file", ROOT / "configs" / config, *map(str, arguments)),
-            ],
+            [sys.executable, *arguments],
             env={**os.environ, "DETECTRON2_DATASETS": str(datasets), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -74,7 +74,7 @@ def detections(folder):
 def trained(start, tmp_path_factory):
     """A finished training: its output folder and its log."""
     folder = tmp_path_factory.mktemp("trained")
-    return folder, finish(start(*SMALL, "OUTPUT_DIR", folder))
+    return folder, finish(start(*command_line(YAML, *SMALL, "OUTPUT_DIR", folder)))
 
 
 def test_training_ends_with_evaluation_of_boxes_and_masks(trained):
@@ -95,7 +95,7 @@ def test_cpu_is_announced_once(trained):
 
 @pytest.mark.slow
 def test_killed_training_resumes_to_the_same_result(start, trained, tmp_path):
-    arguments = [*SMALL, "OUTPUT_DIR", tmp_path]
+    arguments = command_line(YAML, *SMALL, "OUTPUT_DIR", tmp_path)
     process = start(*arguments)
     last_checkpoint = tmp_path / "last_checkpoint"
     while process.poll() is None and not (
@@ -106,7 +106,7 @@ def test_killed_training_resumes_to_the_same_result(start, trained, tmp_path):
     process.communicate()
     assert not (tmp_path / "model_final.pth").exists(), "finished before it was killed"
 
-    output = finish(start("--resume", *arguments))
+    output = finish(start(*arguments[:1], "--resume", *arguments[1:]))
     resumed_at = int(re.search(r"Starting training from iteration (\d+)", output)[1])
     assert 4 <= resumed_at < 12
     assert detections(tmp_path) == detections(trained[0])
@@ -119,88 +119,84 @@ def test_killed_training_resumes_to_the_same_result(start, trained, tmp_path):
         assert torch.equal(ours["model"][key], weight), key
 
 
-def test_evaluation_only_gives_the_results_of_the_training(start, trained, tmp_path):
+def test_evaluation_only_gives_the_results_of_the_training_and_verifies_them(
+    start, trained, tmp_path
+):
     folder, output = trained
-    weights = ["MODEL.WEIGHTS", folder / "model_final.pth", "OUTPUT_DIR", tmp_path]
-    evaluated = finish(start("--eval-only", *SMALL, *weights))
+    keys = [
+        *("MODEL.WEIGHTS", folder / "model_final.pth", "OUTPUT_DIR", tmp_path),
+        *("TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 99.0, 0.5]]"),
+    ]
+    process = start(*command_line(YAML, "--eval-only", *SMALL, *keys))
+    evaluated = finish(process, returncode=1)
+    assert "Result verification failed" in evaluated
     assert average_precisions(evaluated) == average_precisions(output)
     assert detections(tmp_path) == detections(folder)
 
 
-LAZY = "lazy/shapes_mask_rcnn_R18_FPN_carafe.py"
-
-
 def test_evaluation_by_lazy_config_gives_the_results_of_the_training(start, trained, tmp_path):
+    folder, output = trained
     keys = [
-        *("dataloader.test.mapper.augmentations.0.short_edge_length=64",),
-        *("model.proposal_generator.post_nms_topk=[20,20]",),
-        *("model.roi_heads.box_predictor.test_score_thresh=0.0",),
-        *(
-            f"train.init_checkpoint={trained[0] / 'model_final.pth'}",
-            f"train.output_dir={tmp_path}",
-        ),
+        "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+        "model.proposal_generator.post_nms_topk=[20,20]",
+        "model.roi_heads.box_predictor.test_score_thresh=0.0",
+        f"train.init_checkpoint={folder / 'model_final.pth'}",
+        f"train.output_dir={tmp_path}",
     ]
-    output = finish(start("--eval-only", *keys, config=LAZY))
-    assert average_precisions(output) == average_precisions(trained[1])
-    assert detections(tmp_path) == detections(trained[0])
+    evaluated = finish(start(*command_line(LAZY, "--eval-only", *keys)))
+    assert average_precisions(evaluated) == average_precisions(output)
+    assert detections(tmp_path) == detections(folder)
+
+
+# Arguments, and what the one line of the error has to say.
+COCO = "mask_rcnn_R50_FPN_carafe_1x.yaml"
+MISTAKES = [
+    (YAML, ["--config-file", "absent.yaml"], r"config file 'absent\.yaml' does not exist"),
+    (YAML, ["MODEL.NONSENSE", "1"], r"Non-existent (config )?key: MODEL\.NONSENSE"),
+    (YAML, ["MODEL.WEIGHTS", "absent.pth"], r"weights absent\.pth do not exist.*MODEL\.WEIGHTS"),
+    (YAML, ["MODEL.FPN.UPSAMPLE", "bicubic"], r"MODEL\.FPN\.UPSAMPLE must be one of .*'bicubic'"),
+    (YAML, ["MODEL.CARAFE.UP_GROUP", "5"], r"MODEL\.CARAFE\.UP_GROUP = 5 must divide the 64"),
+    (YAML, ["SOLVER.OPTIMIZER", "Adam"], r"SOLVER\.OPTIMIZER must be SGD or AdamW, got 'Adam'"),
+    (YAML, ["DATASETS.TRAIN", "('nonsense',)"], r"dataset 'nonsense' .* is not registered"),
+    (YAML, ["--num-gpus", "99"], r"--num-gpus 99"),
+    (COCO, [], r"/coco/annotations/instances_train2017\.json does not exist.*DETECTRON2_DATASETS"),
+    (LAZY, ["--config-file", "absent.py"], r"config file 'absent\.py' does not exist"),
+    (LAZY, ["train.max_itr=1"], r"no key 'train\.max_itr'"),
+    (LAZY, ["dataloader.train.dataset.names=nonsense"], r"dataset 'nonsense' .* not registered"),
+    (LAZY, ["train.init_checkpoint=absent.pth"], r"weights absent\.pth do not exist"),
+]
+RUN_EACH = """
+import json, runpy, sys
+for script, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as exit:
+        print(exit.code)  # as Python does with a text, and exits with 1
+    print("=" * 80, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def outputs_of_mistakes(start, tmp_path_factory):
+    """The output of each of MISTAKES, all in one process, for to start one takes seconds."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    commands = []
+    for config, arguments, _ in MISTAKES:
+        output = [f"train.output_dir={folder}"] if config == LAZY else ["OUTPUT_DIR", folder]
+        commands.append(command_line(config, *arguments, *output))
+    process = start("-c", RUN_EACH, json.dumps(commands))
+    return finish(process).split("=" * 80 + "\n")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config-file", "absent.py"], r"config file 'absent\.py' does not exist"),
-        (["train.max_itr=1"], r"no key 'train\.max_itr'"),
-        (["dataloader.train.dataset.names=nonsense"], r"dataset 'nonsense' .* is not registered"),
-        (["train.init_checkpoint=absent.pth"], r"weights absent\.pth do not exist"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else None,
+    ("index", "message"),
+    [(i, message) for i, (*_, message) in enumerate(MISTAKES)],
+    ids=[" ".join(arguments) or config for config, arguments, _ in MISTAKES],
 )
-def test_mistakes_in_lazy_configs_get_one_clear_line(start, tmp_path, arguments, message):
-    keys = [] if "--config-file" in arguments else [f"train.output_dir={tmp_path}"]
-    output = finish(start(*arguments, *keys, config=LAZY), returncode=1)
+def test_mistakes_get_one_clear_line(outputs_of_mistakes, index, message):
+    output = outputs_of_mistakes[index]
     assert re.search(f"^error: .*{message}", output, re.MULTILINE), output
-    assert "Traceback" not in output
-
-
-def test_results_are_verified(start, trained, tmp_path):
-    output = finish(
-        start(
-            "--eval-only",
-            *SMALL,
-            *("MODEL.WEIGHTS", trained[0] / "model_final.pth", "OUTPUT_DIR", tmp_path),
-            *("TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 99.0, 0.5]]"),
-        ),
-        returncode=1,
-    )
-    assert "Result verification failed" in output
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config-file", "absent.yaml"], r"config file 'absent\.yaml' does not exist"),
-        (["MODEL.NONSENSE", "1"], r"Non-existent (config )?key: MODEL\.NONSENSE"),
-        (["MODEL.WEIGHTS", "absent.pth"], r"weights absent\.pth do not exist.*MODEL\.WEIGHTS"),
-        (["MODEL.FPN.UPSAMPLE", "bicubic"], r"MODEL\.FPN\.UPSAMPLE must be one of .*'bicubic'"),
-        (["MODEL.CARAFE.UP_GROUP", "5"], r"MODEL\.CARAFE\.UP_GROUP = 5 must divide the 64"),
-        (["SOLVER.OPTIMIZER", "Adam"], r"SOLVER\.OPTIMIZER must be SGD or AdamW, got 'Adam'"),
-        (["DATASETS.TRAIN", "('nonsense',)"], r"dataset 'nonsense' .* is not registered"),
-        (["--num-gpus", "99"], r"--num-gpus 99"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else None,
-)
-def test_mistakes_get_one_clear_line(start, tmp_path, arguments, message):
-    output = finish(start(*arguments, *SMALL, "OUTPUT_DIR", tmp_path), returncode=1)
-    assert re.search(f"^error: .*{message}", output, re.MULTILINE), output
-    assert "Traceback" not in output
-
-
-def test_missing_coco_names_path_and_variable(start, tmp_path):
-    process = start(config="mask_rcnn_R50_FPN_carafe_1x.yaml", DETECTRON2_DATASETS=str(tmp_path))
-    output = finish(process, returncode=1)
-    path = tmp_path / "coco/annotations/instances_train2017.json"
-    assert f"{path} does not exist" in output
-    assert "DETECTRON2_DATASETS" in output
     assert "Traceback" not in output
 
 
@@ -210,6 +206,7 @@ def test_image_that_does_not_decode_is_named(start, datasets, tmp_path):
         image.write_bytes(image.read_bytes()[:100])
     # From a worker process the error comes with that one's traceback, which has to go.
     keys = ["DATALOADER.NUM_WORKERS", "1", "OUTPUT_DIR", tmp_path / "out"]
-    output = finish(start(*SMALL, *keys, DETECTRON2_DATASETS=str(tmp_path)), returncode=1)
+    process = start(*command_line(YAML, *SMALL, *keys), DETECTRON2_DATASETS=str(tmp_path))
+    output = finish(process, returncode=1)
     assert re.search(r"^error: cannot read image .*shapes/train/\d+\.png", output, re.MULTILINE)
     assert "Traceback" not in output
