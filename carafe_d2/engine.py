@@ -10,11 +10,11 @@ import argparse
 import contextlib
 import logging
 import os
+import socket
 import sys
 import time
-import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -36,8 +36,8 @@ logger = logging.getLogger("detectron2")
 # Most mistakes are found by all processes at once. For so many seconds the others wait for the
 # first one's message, and to be ended by what started them, before they come out with their own.
 _PATIENCE = 5
-# The key by which rank 0 tells the others which part of the store is theirs.
-_PART = "carafe_d2"
+# Where rank 0 leaves the port of its store in torchrun's.
+_PORT = "carafe_d2/port"
 
 
 def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> None:
@@ -50,101 +50,89 @@ def launch(main: Callable[[argparse.Namespace], object], args: argparse.Namespac
         main: a function that can be pickled.
         args: what :func:`detectron2.engine.default_argument_parser` parses.
     """
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        with _report_once(int(os.environ.get("LOCAL_RANK", 0))):
+            _join_process_group(args)
+            _run(main, args)
+        distributed.destroy_process_group()
+        return
+    gpus = torch.cuda.device_count()
     with exit_on_user_error():
-        if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            _join_process_group(main, args)
-            return
-        gpus = torch.cuda.device_count()
         if args.num_gpus > max(gpus, 1):  # without a GPU the one process runs on the CPU
             raise UserError(
                 f"--num-gpus {args.num_gpus}, but this machine has {gpus}; torchrun starts several "
                 "processes on the CPU"
             )
-        try:
-            launch_on_gpus(
-                _run,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(main, args),
-            )
-        except ProcessExitedException as error:
-            if error.exit_code != 1:  # with 1 the process has said why
-                raise
-            sys.exit(1)
+    try:
+        launch_on_gpus(
+            _run,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(main, args),
+        )
+    except ProcessExitedException as error:
+        if error.exit_code != 1:  # with 1 the process has said why
+            raise
+        sys.exit(1)
 
 
-def _join_process_group(main: Callable, args: argparse.Namespace) -> None:
-    """Makes this process the one of the group that its environment says it is, and runs main."""
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+def _join_process_group(args: argparse.Namespace) -> None:
+    """Makes this process the one of the group that its environment says it is."""
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus = torch.cuda.device_count()
-    with _first_to_report(local_rank):
-        if args.num_gpus > 1 or args.num_machines > 1:
-            raise UserError(
-                f"WORLD_SIZE says that {size} processes were started already, so --num-gpus and "
-                "--num-machines have to go"
-            )
-        if gpus and local_size > gpus:
-            raise UserError(
-                f"{local_size} processes on this machine, but it has {gpus} GPUs; with "
-                "CUDA_VISIBLE_DEVICES= they run on the CPU"
-            )
+    if args.num_gpus > 1 or args.num_machines > 1:
+        raise UserError(
+            f"WORLD_SIZE says that {os.environ['WORLD_SIZE']} processes were started already, so "
+            "--num-gpus and --num-machines have to go"
+        )
+    if gpus and local_size > gpus:
+        raise UserError(
+            f"{local_size} processes on this machine, but it has {gpus} GPUs; with "
+            "CUDA_VISIBLE_DEVICES= they run on the CPU"
+        )
     if gpus:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     store, rank, size = next(distributed.rendezvous("env://", timeout=DEFAULT_TIMEOUT))
     # torchrun counts neither the starts that another machine has caused, nor those for machines
     # that come or go.
     is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if rank == 0:
-        is_restart |= store.check([_PART])
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        is_restart |= rank == 0 and store.check([_PORT])
+        store = _store_of_this_start(store, rank)
     distributed.init_process_group(
         "nccl" if gpus else "gloo",
-        store=_unused_part(store, rank, size),
+        store=store,
         rank=rank,
         world_size=size,
         timeout=DEFAULT_TIMEOUT,
     )
-
     # Detectron2's launch leaves the group of the processes on this machine there, too.
-    machines = comm.all_gather(os.environ.get("GROUP_RANK", str(rank)))
-    for machine in sorted(set(machines)):
-        group = distributed.new_group([i for i, m in enumerate(machines) if m == machine])
-        if machine == machines[rank]:
-            comm._LOCAL_PROCESS_GROUP = group
-
+    comm._LOCAL_PROCESS_GROUP, _ = distributed.new_subgroups(local_size)
     if any(comm.all_gather(is_restart)) and not args.eval_only:
         args.resume = True
-    _run(main, args)
-    distributed.destroy_process_group()
 
 
-def _unused_part(store: distributed.Store, rank: int, size: int) -> distributed.Store:
-    """Finds a part of the store that is new to all processes.
+def _store_of_this_start(store: distributed.Store, rank: int) -> distributed.Store:
+    """Opens a store that rank 0 serves, in place of torchrun's.
 
-    torchrun keeps the store when it starts the processes again, and they would find in it, and try
-    to reach, those before them. It gives them no number of the start that all of them know. So rank
-    0 names the part, and the name counts once all others have taken it, each as the first of its
-    rank: an earlier rank 0 is no longer there to see that.
+    torchrun keeps its store when it starts the processes again; they would find those before them
+    in it and try to reach them (pytorch#135712). An earlier rank 0 has taken its own store along.
     """
+    host = os.environ["MASTER_ADDR"]
     if rank == 0:
-        name = uuid.uuid4().hex
-        store.set(_PART, name)
-        for other in range(1, size):
-            store.wait([f"{name}/taken/{other}"])
-        store.set(f"{name}/complete", "")
-        return distributed.PrefixStore(name, store)
-
-    seen: str | None = None
+        own = distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        store.set(_PORT, str(own.port))
+        return own
     while True:
-        if (current := store.get(_PART).decode()) != seen:
-            seen = current
-            is_first = store.add(f"{seen}/taken/{rank}", 1) == 1
-        if is_first and store.check([f"{seen}/complete"]):
-            return distributed.PrefixStore(seen, store)
-        time.sleep(0.05)
+        port = int(store.get(_PORT))
+        try:
+            socket.create_connection((host, port), timeout=10).close()
+        except OSError:  # The port is that of an earlier start.
+            time.sleep(0.1)
+            continue
+        return distributed.TCPStore(host, port, is_master=False, timeout=DEFAULT_TIMEOUT)
 
 
 def _run(main: Callable, args: argparse.Namespace) -> None:
@@ -154,19 +142,20 @@ def _run(main: Callable, args: argparse.Namespace) -> None:
     )
     if not comm.is_main_process():
         logging.getLogger("carafe_d2").setLevel(logging.ERROR)
-    with exit_on_user_error(), _first_to_report(comm.get_rank()):
+    with _report_once(comm.get_rank()):
         main(args)
 
 
 @contextlib.contextmanager
-def _first_to_report(rank: int):
-    """Lets a :class:`UserError` out of the first process at once, and out of the others later."""
-    try:
-        yield
-    except UserError:
-        if rank:
-            time.sleep(_PATIENCE)
-        raise
+def _report_once(rank: int) -> Iterator[None]:
+    """Exits on a :class:`UserError`, the first process at once, and the others later."""
+    with exit_on_user_error():
+        try:
+            yield
+        except UserError:
+            if rank:
+                time.sleep(_PATIENCE)
+            raise
 
 
 def build_trainer(

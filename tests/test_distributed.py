@@ -311,22 +311,21 @@ def test_batch_that_cannot_be_shared_is_one_line(datasets, tmp_path):
 # --- in this process ----------------------------------------------------------------------------
 
 
-def test_processes_that_start_again_agree_on_a_new_part_of_the_store():
-    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    # An earlier start: rank 1 took part; rank 0 was killed before rank 2 did.
-    server.set(engine._PART, "earlier")
-    server.add("earlier/taken/1", 1)
+def test_processes_that_start_again_leave_the_store_of_those_before(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    shared = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for start in range(3):  # at the second the first one's port is still there, but not its store
 
-    def join(rank):
-        store = torch.distributed.TCPStore("127.0.0.1", server.port, is_master=False)
-        return engine._unused_part(store, rank, 3)
+        def join(rank):
+            client = torch.distributed.TCPStore("127.0.0.1", shared.port, is_master=False)
+            return engine._store_of_this_start(client, rank)
 
-    for _ in range(2):
         with ThreadPoolExecutor(3) as pool:
-            parts = list(pool.map(join, [2, 1, 0]))
-        assert not any(part.check(["key"]) for part in parts)
-        parts[0].set("key", "value")
-        assert all(part.check(["key"]) for part in parts)
+            stores = list(pool.map(join, [2, 1, 0]))
+        assert not any(store.check(["key"]) for store in stores)
+        stores[0].set("key", str(start))
+        assert all(store.get("key") == str(start).encode() for store in stores)
+        del stores
 
 
 @pytest.fixture
