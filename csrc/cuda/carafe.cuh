@@ -14,8 +14,8 @@
 
 #include "channels_last.cuh"
 #include "contiguous.cuh"
+#include "dispatch.h"
 #include "general.cuh"
-#include "types.h"
 
 namespace carafe_d2 {
 

@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "device.cuh"
+#include "dispatch.h"
 
 namespace carafe_d2::channels_last {
 
@@ -523,17 +524,6 @@ bool is_suited(const Shape& shape, const Map& small, const Map& large) {
          is_suited<T>(shape, large);
 }
 
-// Calls body(k) with the kernel size as a constant; false for sizes that there are no kernels for.
-template <typename Body>
-bool with_kernel_size(const Shape& shape, const Body& body) {
-  switch (shape.kernel) {
-    case 3: body(std::integral_constant<int, 3>()); return true;
-    case 5: body(std::integral_constant<int, 5>()); return true;
-    case 7: body(std::integral_constant<int, 7>()); return true;
-    default: return false;
-  }
-}
-
 inline int64_t tiles(const Shape& shape, const Tiling& tiling) {
   return shape.batch * shape.groups * tiling.row_tiles * tiling.column_tiles * tiling.channel_tiles;
 }
@@ -575,13 +565,6 @@ inline Tiling walking_tiling(const Shape& shape, int most_threads, int team_rows
     }
   }
   return best;
-}
-
-template <typename Launcher, typename... Parameters, typename... Arguments>
-void launch(Launcher& launcher, void (*kernel)(Parameters...), int64_t blocks, int threads,
-            const Arguments&... arguments) {
-  if (blocks == 0) return;
-  launcher.launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, arguments...);
 }
 
 // forward and backward return false, and launch nothing, for what they leave to general.cuh.

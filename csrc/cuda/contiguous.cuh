@@ -21,6 +21,7 @@
 #include <type_traits>
 
 #include "device.cuh"
+#include "dispatch.h"
 
 namespace carafe_d2::contiguous {
 
@@ -480,6 +481,7 @@ __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& gr
   };
   for (int row = first_row - kRadius; row < end_row - kRadius; ++row) {  // the first one
     const auto add = [&](int pass, auto is_first) {
+      constexpr bool kFirst = decltype(is_first)::value;
       Vector<float, 2> gradients[kChannels][P / 2];
       const auto load = [&] {
         const Pairs<P> pairs(shape, grad_output, pass);
@@ -494,10 +496,10 @@ __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& gr
           next += grad_output.channel;
         }
       };
-      if constexpr (decltype(is_first)::value) load();  // early
+      if constexpr (kFirst) load();  // early
       if (thread < kWarpSize * P) {
         int64_t offset = staged_offset;
-        if constexpr (!decltype(is_first)::value) {
+        if constexpr (!kFirst) {
           offset += subpixel_offset(kernels, shape, pass * P + thread % P) -
                     subpixel_offset(kernels, shape, thread % P);
         }
@@ -506,7 +508,7 @@ __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& gr
 #pragma unroll
         for (int t = 0; t < kTaps; ++t) shared.set(buffer + t * kWarpSize * P + thread, weights[t]);
       }
-      if constexpr (!decltype(is_first)::value) load();  // late, as there are more sums to keep
+      if constexpr (!kFirst) load();  // late, as there are more sums to keep
       __syncthreads();
 #pragma unroll
       for (int u = 0; u < k; ++u) {
@@ -517,8 +519,7 @@ __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& gr
               shared.template get<P>(buffer + ((u * k + v) * kWarpSize + lane) * P);
 #pragma unroll
           for (int c = 0; c < kChannels; ++c) {
-            constexpr int kMove = decltype(is_first)::value;
-            float sum = u + kMove < k ? sums[c][u + kMove][v] : 0;
+            float sum = u + kFirst < k ? sums[c][u + kFirst][v] : 0;
 #pragma unroll
             for (int p = 0; p < P; ++p) {
               sum += weights.values[p] * gradients[c][p / 2].values[p % 2];
@@ -587,63 +588,55 @@ bool pairs_aligned(const Map& map) {
          is_even(map.channel) && is_even(map.row);
 }
 
-// Calls body with the kernel size as a constant, or returns false where only the general kernels
-// will do. Within a channel of one image the kernels have 32-bit offsets into `maps`, and the limit
-// of a grid is 2^31 - 1 blocks.
-template <typename Body>
-bool with_kernel_size(const Shape& shape, std::initializer_list<Map> maps, const Body& body) {
+// Whether there are kernels for it. Within a channel of one image they have 32-bit offsets into
+// `maps`, and the limit of a grid is 2^31 - 1 blocks.
+inline bool is_suited(const Shape& shape, std::initializer_list<Map> maps) {
   const int64_t rows = shape.height * shape.scale, columns = shape.width * shape.scale;
   for (const Map& map : maps) {
     if (rows > (INT32_MAX - columns) / std::max<int64_t>(1, map.row)) return false;
   }
   // Of a tile, there are at most half as many blocks as subpixels, and no more strips than channels.
   const int64_t blocks_of_a_tile = shape.subpixels() / 2 + shape.group_channels();
-  if (tiles(shape) > INT32_MAX / blocks_of_a_tile) return false;
-  if (shape.scale % 2 != 0) return false;
-  switch (shape.kernel) {
-    case 3: body(std::integral_constant<int, 3>()); return true;
-    case 5: body(std::integral_constant<int, 5>()); return true;
-    case 7: body(std::integral_constant<int, 7>()); return true;
-    default: return false;
-  }
+  return tiles(shape) <= INT32_MAX / blocks_of_a_tile && shape.scale % 2 == 0;
 }
+
+// forward and backward return false, and launch nothing, for what they leave to general.cuh.
 
 template <typename T, typename Launcher>
 bool forward(Launcher& launcher, const Shape& shape, const Map& features, const Kernels& kernels,
              const Map& output) {
-  return with_kernel_size(shape, {features, output}, [&](auto k) {
-    const int64_t blocks = tiles(shape) * shape.subpixels() / kSubpixels<k>;
-    // Small maps have few tiles: there, several blocks share the channels of one.
-    const int64_t resident = int64_t(kBlocksPerMultiprocessor) * launcher.multiprocessors();
-    const int64_t most = divide_up(shape.group_channels(), 4 * kStage<k> * kWarps);
-    const int splits =
-        static_cast<int>(std::max<int64_t>(1, std::min(2 * resident / blocks, most)));
-    launcher.launch(forward_kernel<k, T>, dim3(static_cast<unsigned>(blocks * splits)), kThreads,
-                    shape, features, kernels, output, splits);
-  });
+  return is_suited(shape, {features, output}) && with_kernel_size(shape, [&](auto k) {
+           const int64_t blocks = tiles(shape) * shape.subpixels() / kSubpixels<k>;
+           // Small maps have few tiles: there, several blocks share the channels of one.
+           const int64_t resident = int64_t(kBlocksPerMultiprocessor) * launcher.multiprocessors();
+           const int64_t most = divide_up(shape.group_channels(), 4 * kStage<k> * kWarps);
+           const int splits =
+               static_cast<int>(std::max<int64_t>(1, std::min(2 * resident / blocks, most)));
+           launch(launcher, forward_kernel<k, T>, blocks * splits, kThreads, shape, features,
+                  kernels, output, splits);
+         });
 }
 
 // Gradients that are not wanted are null.
 template <typename T, typename Launcher>
 bool backward(Launcher& launcher, const Shape& shape, const Map& grad_output, const Map& features,
               const Kernels& kernels, const Map* grad_features, const Kernels* grad_kernels) {
-  return with_kernel_size(
-      shape, {grad_output, features, grad_features ? *grad_features : features}, [&](auto k) {
-        Strips strips{};
-        Turns turns{};
-        if (grad_features && shape.channels > 0) {
-          strips = Strips::of<k>(shape, launcher.multiprocessors());
-          turns.strips = static_cast<unsigned>(strips.blocks_of_a_band() * strips.bands);
-        }
-        if (grad_kernels) {
-          turns.tiles = static_cast<unsigned>(tiles(shape) * shape.subpixels() / kSubpixels<k>);
-        }
-        if (turns.blocks() == 0) return;
-        launcher.launch(backward_kernel<k, T>, dim3(turns.blocks()), kThreads, shape, grad_output,
-                        features, kernels, grad_features ? *grad_features : Map{},
-                        grad_kernels ? *grad_kernels : Kernels{}, strips, turns,
-                        pairs_aligned<T>(grad_output));
-      });
+  if (!is_suited(shape, {grad_output, features})) return false;
+  if (grad_features && !is_suited(shape, {*grad_features})) return false;
+  return with_kernel_size(shape, [&](auto k) {
+    Strips strips{};
+    Turns turns{};
+    if (grad_features && shape.channels > 0) {
+      strips = Strips::of<k>(shape, launcher.multiprocessors());
+      turns.strips = static_cast<unsigned>(strips.blocks_of_a_band() * strips.bands);
+    }
+    if (grad_kernels) {
+      turns.tiles = static_cast<unsigned>(tiles(shape) * shape.subpixels() / kSubpixels<k>);
+    }
+    launch(launcher, backward_kernel<k, T>, turns.blocks(), kThreads, shape, grad_output, features,
+           kernels, grad_features ? *grad_features : Map{},
+           grad_kernels ? *grad_kernels : Kernels{}, strips, turns, pairs_aligned<T>(grad_output));
+  });
 }
 
 }  // namespace carafe_d2::contiguous

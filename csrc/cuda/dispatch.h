@@ -1,5 +1,7 @@
-// From the types that tensors have at run time to the template arguments of the kernels.
+// From what is known at run time to the template arguments of the kernels, and launching them.
 #pragma once
+
+#include <type_traits>
 
 #include "../carafe.h"
 #include "../half.h"
@@ -31,6 +33,25 @@ void with_types(const Map& features, const Kernels& kernels, const Body& body) {
     case Type::kHalf: return with_kernel_type<Half>(kernels.type, body);
     case Type::kBFloat16: return with_kernel_type<BFloat16>(kernels.type, body);
   }
+}
+
+// Calls body(k) with the kernel size as a constant; false for sizes that are left to general.cuh.
+template <typename Body>
+bool with_kernel_size(const Shape& shape, const Body& body) {
+  switch (shape.kernel) {
+    case 3: body(std::integral_constant<int, 3>()); return true;
+    case 5: body(std::integral_constant<int, 5>()); return true;
+    case 7: body(std::integral_constant<int, 7>()); return true;
+    default: return false;
+  }
+}
+
+// A grid of no blocks would be an error.
+template <typename Launcher, typename... Parameters, typename... Arguments>
+void launch(Launcher& launcher, void (*kernel)(Parameters...), int64_t blocks, int threads,
+            const Arguments&... arguments) {
+  if (blocks == 0) return;
+  launcher.launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, arguments...);
 }
 
 }  // namespace carafe_d2
