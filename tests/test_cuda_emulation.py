@@ -478,9 +478,9 @@ def test_extreme_logits_and_weights(emulation, channels_last, fused):
 
 
 @LAYOUTS
-@pytest.mark.parametrize("kernel", [3, 5, 9])
-def test_maps_without_channels_give_kernels_no_gradient(emulation, kernel, channels_last):
-    case = Case((1, 0, 3, 4), kernel, channels_last=channels_last)
+@pytest.mark.parametrize(("kernel", "scale"), [(3, 2), (5, 2), (9, 2), (3, 1)])
+def test_maps_without_channels_give_kernels_no_gradient(emulation, kernel, scale, channels_last):
+    case = Case((1, 0, 3, 4), kernel, scale=scale, channels_last=channels_last)
     _, gradient = Operator(emulation).backward(case, *case.inputs(), wanted=(False, True))
     assert torch.equal(gradient, torch.zeros_like(gradient))
 

@@ -591,13 +591,13 @@ bool pairs_aligned(const Map& map) {
 // Whether there are kernels for it. Within a channel of one image they have 32-bit offsets into
 // `maps`, and the limit of a grid is 2^31 - 1 blocks.
 inline bool is_suited(const Shape& shape, std::initializer_list<Map> maps) {
+  if (shape.scale % 2 != 0) return false;
   const int64_t rows = shape.height * shape.scale, columns = shape.width * shape.scale;
   for (const Map& map : maps) {
     if (rows > (INT32_MAX - columns) / std::max<int64_t>(1, map.row)) return false;
   }
   // Of a tile, there are at most half as many blocks as subpixels, and no more strips than channels.
-  const int64_t blocks_of_a_tile = shape.subpixels() / 2 + shape.group_channels();
-  return tiles(shape) <= INT32_MAX / blocks_of_a_tile && shape.scale % 2 == 0;
+  return tiles(shape) <= INT32_MAX / (shape.subpixels() / 2 + shape.group_channels());
 }
 
 // forward and backward return false, and launch nothing, for what they leave to general.cuh.
