@@ -170,7 +170,7 @@ def test_no_kernel_uses_atomics(machine_code):
     assert not [name for name, code in machine_code.items() if pattern.search(code)]
 
 
-@pytest.mark.parametrize("kernel", ["forward", "backward_features", "backward_kernels"])
+@pytest.mark.parametrize("kernel", ["forward", "backward_features", "backward_weights"])
 def test_channels_last_float32_kernels_load_16_bytes_at_a_time(machine_code, kernel):
     """Of a contiguous map, a thread loads the value of its column; of this one, some channels."""
     other_types = re.compile(r"Half|BFloat16|double")

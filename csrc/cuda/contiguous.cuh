@@ -1,10 +1,10 @@
 // CUDA kernels for contiguous maps, kernel sizes 3, 5, 7 and even scales.
 //
 // Lanes are source locations. Neighboring lanes have neighboring columns, so whatever they read
-// or write coalesces, and every lane works on kernels of its own. A thread handles P of the s * s
+// or write coalesces, and every lane has weights of its own. A thread handles P of the s * s
 // subpixels of its location at a time, in passes.
 //
-// forward and the gradient of the kernels: a warp has a tile of 8 x 4 locations. It walks over
+// forward and the gradient of the weights: a warp has a tile of 8 x 4 locations. It walks over
 // channels and stages the tile's features, with a margin, in shared memory. A lane keeps its
 // P * k * k weights, or their gradients, in registers, so that a feature read once serves P
 // multiplications. The warps of a block take different channels of one tile and share the weights.
@@ -75,7 +75,7 @@ struct Pairs {
 #pragma unroll
     for (int i = 0; i < P / 2; ++i) {
       const Subpixel subpixel(shape, pass * P + 2 * i);
-      offsets[i] = subpixel.row * static_cast<int>(map.row) + subpixel.column;
+      offsets[i] = subpixel.row * static_cast<int>(map.row_stride) + subpixel.column;
     }
   }
 };
@@ -127,16 +127,16 @@ class Window {
 
   __device__ __forceinline__ Window(const Shape& shape, const Map& features, const Tile& tile,
                                     int64_t first_channel, int lane)
-      : channel_(features.channel),
-        next_(static_cast<const T*>(features.data) + tile.n * features.batch +
-              (tile.g * shape.group_channels() + first_channel) * features.channel) {
+      : channel_(features.channel_stride),
+        next_(static_cast<const T*>(features.data) + tile.n * features.batch_stride +
+              (tile.g * shape.group_channels() + first_channel) * features.channel_stride) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int position = lane + i * kWarpSize;
       const int h = tile.h + position / kWidth - k / 2, w = tile.w + position % kWidth - k / 2;
       const bool inside =
           position < kWidth * kHeight && h >= 0 && h < shape.height && w >= 0 && w < shape.width;
-      offsets_[i] = inside ? h * static_cast<int>(features.row) + w : -1;
+      offsets_[i] = inside ? h * static_cast<int>(features.row_stride) + w : -1;
     }
   }
 
@@ -222,14 +222,14 @@ struct Range {
 template <typename T>
 __device__ __forceinline__ T* first_output(const Shape& shape, const Map& map, const Tile& tile,
                                            int64_t channel, int lane) {
-  return static_cast<T*>(map.data) + tile.n * map.batch +
-         (tile.g * shape.group_channels() + channel) * map.channel +
-         tile.row(lane) * shape.scale * map.row + tile.column(lane) * shape.scale;
+  return static_cast<T*>(map.data) + tile.n * map.batch_stride +
+         (tile.g * shape.group_channels() + channel) * map.channel_stride +
+         tile.row(lane) * shape.scale * map.row_stride + tile.column(lane) * shape.scale;
 }
 
 template <int k, typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    forward_kernel(Shape shape, Map features, Kernels kernels, Map output, int splits) {
+    forward_kernel(Shape shape, Map features, Weights weights, Map output, int splits) {
   constexpr int P = kSubpixels<k>, kTaps = k * k;
   SHARED_ARRAY(float, shared, kWeights<k> + (kWindows<k, T>));
   const Tile tile(shape, blockIdx.x, static_cast<int>(shape.subpixels() / P), splits);
@@ -237,20 +237,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
   if (thread < kWarpSize * P) {
     const int location = thread / P, p = tile.pass * P + thread % P;
-    float weights[kTaps] = {};
+    float values[kTaps] = {};
     if (tile.has(shape, location)) {
-      const int64_t offset = kernel_offset(kernels, shape, tile.n, tile.g, tile.row(location),
-                                           tile.column(location), p);
-      load_weights(kernels, offset, weights);
+      const int64_t offset = weights_offset(weights, shape, tile.n, tile.g, tile.row(location),
+                                            tile.column(location), p);
+      load_weights(weights, offset, values);
     }
 #pragma unroll
-    for (int t = 0; t < kTaps; ++t) shared.set(t * kWarpSize * P + thread, weights[t]);
+    for (int t = 0; t < kTaps; ++t) shared.set(t * kWarpSize * P + thread, values[t]);
   }
   __syncthreads();
-  Vector<float, P> weights[kTaps];
+  Vector<float, P> taps[kTaps];
 #pragma unroll
   for (int t = 0; t < kTaps; ++t) {
-    weights[t] = shared.template get<P>((t * kWarpSize + lane) * P);
+    taps[t] = shared.template get<P>((t * kWarpSize + lane) * P);
   }
 
   const Range channels(shape, tile.split * kWarps + warp, splits * kWarps);
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 #pragma unroll
           for (int c = 0; c < kStage<k>; ++c) {
 #pragma unroll
-            for (int p = 0; p < P; ++p) sums[c][p] += weights[t].values[p] * features.values[c];
+            for (int p = 0; p < P; ++p) sums[c][p] += taps[t].values[p] * features.values[c];
           }
         }
 #pragma unroll
@@ -279,16 +279,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
             if (!inside || c >= count) continue;
             store_pair(sums[c][2 * i], sums[c][2 * i + 1], target + pairs.offsets[i]);
           }
-          target += output.channel;
+          target += output.channel_stride;
         }
       });
 }
 
-// The gradient of the kernels of a tile.
+// The gradient of the weights of a tile.
 template <int k, typename T>
 __device__ __forceinline__ void backward_tile(const Shape& shape, const Map& grad_output,
-                                              const Map& features, const Kernels& kernels,
-                                              const Kernels& grad_kernels, const Tile& tile,
+                                              const Map& features, const Weights& weights,
+                                              const Weights& grad_weights, const Tile& tile,
                                               bool aligned, const SharedArray<float>& shared) {
   constexpr int P = kSubpixels<k>, kTaps = k * k;
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
@@ -312,7 +312,7 @@ __device__ __forceinline__ void backward_tile(const Shape& shape, const Map& gra
               gradients[c][i] = load_pair(source + pairs.offsets[i], aligned);
             }
           }
-          source += grad_output.channel;
+          source += grad_output.channel_stride;
         }
       },
       [&](int, int corner) {
@@ -354,8 +354,8 @@ __device__ __forceinline__ void backward_tile(const Shape& shape, const Map& gra
   for (int t = 0; t < kTaps; ++t) totals[t] = shared.get(t * kWarpSize * P + thread);
   const int row = tile.row(location), column = tile.column(location);
   store_weight_gradients(
-      totals, kernels, kernel_offset(kernels, shape, tile.n, tile.g, row, column, p), grad_kernels,
-      kernel_offset(grad_kernels, shape, tile.n, tile.g, row, column, p));
+      totals, weights, weights_offset(weights, shape, tile.n, tile.g, row, column, p), grad_weights,
+      weights_offset(grad_weights, shape, tile.n, tile.g, row, column, p));
 }
 
 // --------------------------------------------------------------------------- strips of columns
@@ -425,7 +425,7 @@ struct Column {
 // The gradient of the features of a band of a strip; `block` counts those.
 template <int k, typename T>
 __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& grad_output,
-                                               const Kernels& kernels, const Map& grad_features,
+                                               const Weights& weights, const Map& grad_features,
                                                const Strips& strips, unsigned block, bool aligned,
                                                const SharedArray<float>& shared) {
   constexpr int P = kSubpixels<k>, kTaps = k * k, kRadius = k / 2, kChannels = kStripChannels<k>;
@@ -443,19 +443,20 @@ __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& gr
   const int64_t plane = int64_t(block / strips.bands) * strips.planes_of_a_warp();
   const Column column(shape, strips, plane, index, lane);        // whose gradients a thread sums
   const Column staged(shape, strips, plane, index, thread / P);  // whose weights it provides
-  int64_t staged_offset = kernel_offset(kernels, shape, staged.n, staged.g, begin + first_row,
-                                        staged.w, thread % P);  // in the first pass
+  int64_t staged_offset = weights_offset(weights, shape, staged.n, staged.g, begin + first_row,
+                                         staged.w, thread % P);  // in the first pass
   const int channels =
       static_cast<int>(min(shape.group_channels() - first_channel, int64_t(kChannels)));
   const int loaded = column.exists ? channels : 0, stored = column.complete ? channels : 0;
 
   const int64_t group_channel = column.g * shape.group_channels() + first_channel;
-  const T* source = static_cast<const T*>(grad_output.data) + column.n * grad_output.batch +
-                    group_channel * grad_output.channel +
-                    (begin + first_row) * shape.scale * grad_output.row + column.w * shape.scale;
-  T* target = static_cast<T*>(grad_features.data) + column.n * grad_features.batch +
-              group_channel * grad_features.channel +
-              (begin + first_row - kRadius) * grad_features.row + column.w;
+  const T* source = static_cast<const T*>(grad_output.data) + column.n * grad_output.batch_stride +
+                    group_channel * grad_output.channel_stride +
+                    (begin + first_row) * shape.scale * grad_output.row_stride +
+                    column.w * shape.scale;
+  T* target = static_cast<T*>(grad_features.data) + column.n * grad_features.batch_stride +
+              group_channel * grad_features.channel_stride +
+              (begin + first_row - kRadius) * grad_features.row_stride + column.w;
   const int passes = static_cast<int>(shape.subpixels() / P);
   int buffer = 0;
   // For the k rows of locations around a row of the source, which completes the first one. With the
@@ -476,7 +477,7 @@ __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& gr
         add_from_below(total, sums[c][u][kRadius + d], d, strips.lanes);
       }
       if (c < stored) from_float(total, *next);
-      next += grad_features.channel;
+      next += grad_features.channel_stride;
     }
   };
   for (int row = first_row - kRadius; row < end_row - kRadius; ++row) {  // the first one
@@ -493,20 +494,20 @@ __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& gr
             gradients[c][i] = {};
             if (c < loaded) gradients[c][i] = load_pair(next + pairs.offsets[i], aligned);
           }
-          next += grad_output.channel;
+          next += grad_output.channel_stride;
         }
       };
       if constexpr (kFirst) load();  // early
       if (thread < kWarpSize * P) {
         int64_t offset = staged_offset;
         if constexpr (!kFirst) {
-          offset += subpixel_offset(kernels, shape, pass * P + thread % P) -
-                    subpixel_offset(kernels, shape, thread % P);
+          offset += subpixel_offset(weights, shape, pass * P + thread % P) -
+                    subpixel_offset(weights, shape, thread % P);
         }
-        float weights[kTaps] = {};
-        if (staged.exists) load_weights(kernels, offset, weights);
+        float values[kTaps] = {};
+        if (staged.exists) load_weights(weights, offset, values);
 #pragma unroll
-        for (int t = 0; t < kTaps; ++t) shared.set(buffer + t * kWarpSize * P + thread, weights[t]);
+        for (int t = 0; t < kTaps; ++t) shared.set(buffer + t * kWarpSize * P + thread, values[t]);
       }
       if constexpr (!kFirst) load();  // late, as there are more sums to keep
       __syncthreads();
@@ -515,14 +516,14 @@ __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& gr
         if (!is_of_the_band(row + u)) continue;
 #pragma unroll
         for (int v = 0; v < k; ++v) {
-          const Vector<float, P> weights =
+          const Vector<float, P> tap =
               shared.template get<P>(buffer + ((u * k + v) * kWarpSize + lane) * P);
 #pragma unroll
           for (int c = 0; c < kChannels; ++c) {
             float sum = u + kFirst < k ? sums[c][u + kFirst][v] : 0;
 #pragma unroll
             for (int p = 0; p < P; ++p) {
-              sum += weights.values[p] * gradients[c][p / 2].values[p % 2];
+              sum += tap.values[p] * gradients[c][p / 2].values[p % 2];
             }
             sums[c][u][v] = sum;
           }
@@ -533,13 +534,13 @@ __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& gr
     add(0, std::true_type());
     for (int pass = 1; pass < passes; ++pass) add(pass, std::false_type());
     finish(row, 0, target);
-    staged_offset += kernels.row;
-    source += shape.scale * grad_output.row;
-    target += grad_features.row;
+    staged_offset += weights.row_stride;
+    source += shape.scale * grad_output.row_stride;
+    target += grad_features.row_stride;
   }
   // At the lower border of the map, no more rows of the source complete the last ones.
 #pragma unroll
-  for (int u = 1; u <= kRadius; ++u, target += grad_features.row) {
+  for (int u = 1; u <= kRadius; ++u, target += grad_features.row_stride) {
     finish(end_row - kRadius + u - 1, u, target);
   }
 }
@@ -565,17 +566,17 @@ constexpr int kBackwardShared = kWeights<k> + std::max(kWeights<k>, kWindows<k, 
 
 template <int k, typename T>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<k>)
-    backward_kernel(Shape shape, Map grad_output, Map features, Kernels kernels, Map grad_features,
-                    Kernels grad_kernels, Strips strips, Turns turns, bool aligned) {
+    backward_kernel(Shape shape, Map grad_output, Map features, Weights weights, Map grad_features,
+                    Weights grad_weights, Strips strips, Turns turns, bool aligned) {
   SHARED_ARRAY(float, shared, (kBackwardShared<k, T>));
   const unsigned before = turns.strips_of(blockIdx.x);
   if (before < turns.strips_of(blockIdx.x + 1)) {
-    backward_strip<k, T>(shape, grad_output, kernels, grad_features, strips, before, aligned,
+    backward_strip<k, T>(shape, grad_output, weights, grad_features, strips, before, aligned,
                          shared);
   } else {
     const Tile tile(shape, blockIdx.x - before, static_cast<int>(shape.subpixels() / kSubpixels<k>),
                     1);
-    backward_tile<k, T>(shape, grad_output, features, kernels, grad_kernels, tile, aligned, shared);
+    backward_tile<k, T>(shape, grad_output, features, weights, grad_weights, tile, aligned, shared);
   }
 }
 
@@ -584,8 +585,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<k>)
 template <typename T>
 bool pairs_aligned(const Map& map) {
   const auto is_even = [](int64_t stride) { return stride % 2 == 0; };
-  return reinterpret_cast<uintptr_t>(map.data) % sizeof(Vector<T, 2>) == 0 && is_even(map.batch) &&
-         is_even(map.channel) && is_even(map.row);
+  return reinterpret_cast<uintptr_t>(map.data) % sizeof(Vector<T, 2>) == 0 &&
+         is_even(map.batch_stride) && is_even(map.channel_stride) && is_even(map.row_stride);
 }
 
 // Whether there are kernels for it. Within a channel of one image they have 32-bit offsets into
@@ -594,7 +595,7 @@ inline bool is_suited(const Shape& shape, std::initializer_list<Map> maps) {
   if (shape.scale % 2 != 0) return false;
   const int64_t rows = shape.height * shape.scale, columns = shape.width * shape.scale;
   for (const Map& map : maps) {
-    if (rows > (INT32_MAX - columns) / std::max<int64_t>(1, map.row)) return false;
+    if (rows > (INT32_MAX - columns) / std::max<int64_t>(1, map.row_stride)) return false;
   }
   // Of a tile, there are at most half as many blocks as subpixels, and no more strips than channels.
   return tiles(shape) <= INT32_MAX / (shape.subpixels() / 2 + shape.group_channels());
@@ -603,7 +604,7 @@ inline bool is_suited(const Shape& shape, std::initializer_list<Map> maps) {
 // forward and backward return false, and launch nothing, for what they leave to general.cuh.
 
 template <typename T, typename Launcher>
-bool forward(Launcher& launcher, const Shape& shape, const Map& features, const Kernels& kernels,
+bool forward(Launcher& launcher, const Shape& shape, const Map& features, const Weights& weights,
              const Map& output) {
   return is_suited(shape, {features, output}) && with_kernel_size(shape, [&](auto k) {
            const int64_t blocks = tiles(shape) * shape.subpixels() / kSubpixels<k>;
@@ -613,14 +614,14 @@ bool forward(Launcher& launcher, const Shape& shape, const Map& features, const 
            const int splits =
                static_cast<int>(std::max<int64_t>(1, std::min(2 * resident / blocks, most)));
            launch(launcher, forward_kernel<k, T>, blocks * splits, kThreads, shape, features,
-                  kernels, output, splits);
+                  weights, output, splits);
          });
 }
 
 // Gradients that are not wanted are null.
 template <typename T, typename Launcher>
 bool backward(Launcher& launcher, const Shape& shape, const Map& grad_output, const Map& features,
-              const Kernels& kernels, const Map* grad_features, const Kernels* grad_kernels) {
+              const Weights& weights, const Map* grad_features, const Weights* grad_weights) {
   if (!is_suited(shape, {grad_output, features})) return false;
   if (grad_features && !is_suited(shape, {*grad_features})) return false;
   return with_kernel_size(shape, [&](auto k) {
@@ -630,12 +631,12 @@ bool backward(Launcher& launcher, const Shape& shape, const Map& grad_output, co
       strips = Strips::of<k>(shape, launcher.multiprocessors());
       turns.strips = static_cast<unsigned>(strips.blocks_of_a_band() * strips.bands);
     }
-    if (grad_kernels) {
+    if (grad_weights) {
       turns.tiles = static_cast<unsigned>(tiles(shape) * shape.subpixels() / kSubpixels<k>);
     }
     launch(launcher, backward_kernel<k, T>, turns.blocks(), kThreads, shape, grad_output, features,
-           kernels, grad_features ? *grad_features : Map{},
-           grad_kernels ? *grad_kernels : Kernels{}, strips, turns, pairs_aligned<T>(grad_output));
+           weights, grad_features ? *grad_features : Map{},
+           grad_weights ? *grad_weights : Weights{}, strips, turns, pairs_aligned<T>(grad_output));
   });
 }
 

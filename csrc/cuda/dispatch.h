@@ -8,15 +8,15 @@
 
 namespace carafe_d2 {
 
-template <typename A, typename T, typename K>
+template <typename A, typename T, typename W>
 struct Types {
   using Accumulation = A;
   using Feature = T;
-  using Kernel = K;
+  using Weight = W;
 };
 
 template <typename T, typename Body>
-void with_kernel_type(Type type, const Body& body) {
+void with_weight_type(Type type, const Body& body) {
   switch (type) {
     case Type::kHalf: return body(Types<float, T, Half>());
     case Type::kBFloat16: return body(Types<float, T, BFloat16>());
@@ -24,14 +24,14 @@ void with_kernel_type(Type type, const Body& body) {
   }
 }
 
-// Calls body(Types) with the C++ types of features and reassembly kernels.
+// Calls body(Types) with the C++ types of features and weights.
 template <typename Body>
-void with_types(const Map& features, const Kernels& kernels, const Body& body) {
+void with_types(const Map& features, const Weights& weights, const Body& body) {
   switch (features.type) {
     case Type::kDouble: return body(Types<double, double, double>());
-    case Type::kFloat: return with_kernel_type<float>(kernels.type, body);
-    case Type::kHalf: return with_kernel_type<Half>(kernels.type, body);
-    case Type::kBFloat16: return with_kernel_type<BFloat16>(kernels.type, body);
+    case Type::kFloat: return with_weight_type<float>(weights.type, body);
+    case Type::kHalf: return with_weight_type<Half>(weights.type, body);
+    case Type::kBFloat16: return with_weight_type<BFloat16>(weights.type, body);
   }
 }
 
