@@ -227,6 +227,17 @@ __device__ __forceinline__ T* first_output(const Shape& shape, const Map& map, c
          tile.row(lane) * shape.scale * map.row_stride + tile.column(lane) * shape.scale;
 }
 
+// Puts the weights of an output pixel where kWeights wants them, from `index` on; zeros where the
+// pixel does not exist.
+template <int k>
+__device__ __forceinline__ void stage_weights(const Weights& weights, int64_t offset, bool exists,
+                                              const SharedArray<float>& shared, int index) {
+  float values[k * k] = {};
+  if (exists) load_weights(weights, offset, values);
+#pragma unroll
+  for (int t = 0; t < k * k; ++t) shared.set(index + t * kWarpSize * kSubpixels<k>, values[t]);
+}
+
 template <int k, typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     forward_kernel(Shape shape, Map features, Weights weights, Map output, int splits) {
@@ -237,14 +248,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
   if (thread < kWarpSize * P) {
     const int location = thread / P, p = tile.pass * P + thread % P;
-    float values[kTaps] = {};
-    if (tile.has(shape, location)) {
-      const int64_t offset = weights_offset(weights, shape, tile.n, tile.g, tile.row(location),
-                                            tile.column(location), p);
-      load_weights(weights, offset, values);
-    }
-#pragma unroll
-    for (int t = 0; t < kTaps; ++t) shared.set(t * kWarpSize * P + thread, values[t]);
+    const int64_t offset = weights_offset(weights, shape, tile.n, tile.g, tile.row(location),
+                                          tile.column(location), p);
+    stage_weights<k>(weights, offset, tile.has(shape, location), shared, thread);
   }
   __syncthreads();
   Vector<float, P> taps[kTaps];
@@ -359,6 +365,51 @@ __device__ __forceinline__ void backward_tile(const Shape& shape, const Map& gra
 }
 
 // --------------------------------------------------------------------------- strips of columns
+//
+// The gradient of the features. A strip has a column of source locations for each lane. A warp
+// walks down the rows of the source that reach into a band, and stores the gradients of the band:
+//
+//     lane    0   1                                  30  31
+//           +-------+-------------------------------+-------+
+//           |         r rows of the source above it         |    here k = 5, r = k / 2 = 2
+//           +-------+-------------------------------+-------+  begin
+//           |       |                               |       |
+//           |   r   |     gradients that this       |   r   |
+//           | lanes |     strip completes, and      | lanes |  `rows` of the band
+//           |       |     stores                    |       |
+//           |       |                               |       |
+//           +-------+-------------------------------+-------+  begin + rows
+//           |         r rows of the source below it         |
+//           +-------+-------------------------------+-------+
+//
+// The outer lanes are the margin: strips beside each other overlap by 2 * r lanes, so each gradient
+// is complete in one of them. There is no margin where the map ends, and no row beyond it.
+//
+// Lanes scatter. With row y of the source, the lane of column w adds the weight of each tap (u, v)
+// times the gradient of the output to sums[u][v], which is for row y - r + u and column w - r + v:
+//
+//                           w - r       w       w + r
+//                         +-----+-----+-----+-----+-----+
+//     y - r     sums[0]   |     |     |     |     |     |  complete now: finish_row
+//                         +-----+-----+-----+-----+-----+
+//               sums[1]   |     |     |     |     |     |  these become sums[u - 1]
+//                         +-----+-----+-----+-----+-----+  with the next row
+//     y         sums[2]   |     |     |(y,w)|     |     |
+//                         +-----+-----+-----+-----+-----+
+//               sums[3]   |     |     |     |     |     |
+//                         +-----+-----+-----+-----+-----+
+//     y + r     sums[4]   |     |     |     |     |     |  which then begins with 0
+//                         +-----+-----+-----+-----+-----+
+//
+// What belongs in column w is then in sums[0][r - d] of the lanes of columns w + d, for d from -r
+// to r: finish_row adds it up, with shuffles. Before, no lane needs another's sums.
+//
+// The warps of a block have different channels of the same strip and band, and share the weights.
+// For each row and each pass of P subpixels:
+//
+//     load_pass      each lane: the gradients of the output pixels of its location, to registers
+//     stage_weights  the first 32 * P threads: the weights of one output pixel, to shared memory
+//     scatter_pass   each lane: k * k * P products for each of its channels
 
 // Channels of a lane: as many as their sums, k * (k - 1) for each, leave registers for.
 template <int k>
@@ -367,8 +418,7 @@ constexpr int kStripChannels = k == 3   ? 8
                                         : 2;
 
 // How the gradient of the features is divided. A strip is as wide as a warp, or half of one where
-// the map is narrow, and consists of source locations; its outermost k / 2 columns of gradients are
-// incomplete unless they lie at the border of the map. A band is some rows of gradients.
+// the map is narrow: a warp then has strips of two planes.
 struct Strips {
   int lanes;   // of a strip
   int across;  // strips beside each other
@@ -422,80 +472,135 @@ struct Column {
   }
 };
 
-// The gradient of the features of a band of a strip; `block` counts those.
+// What a warp works on; `block` counts bands of strips, and blocks of their channels.
+template <int k>
+struct Band {
+  int64_t first_plane, first_channel;
+  int strip;               // its index in its row of strips
+  int begin, rows;         // of gradients
+  int first_row, end_row;  // of the source; like those of gradients, they count from `begin`
+
+  __device__ __forceinline__ Band(const Shape& shape, const Strips& strips, unsigned block,
+                                  int warp) {
+    const int height = static_cast<int>(shape.height);
+    first_channel = (int64_t(block % strips.channel_blocks) * kWarps + warp) * kStripChannels<k>;
+    block /= strips.channel_blocks;
+    strip = static_cast<int>(block % strips.across);
+    block /= strips.across;
+    begin = static_cast<int>(block % strips.bands) * strips.rows;
+    rows = min(strips.rows, height - begin);
+    first_row = -min(begin, k / 2);
+    end_row = min(rows + k / 2, height - begin);
+    first_plane = int64_t(block / strips.bands) * strips.planes_of_a_warp();
+  }
+
+  __device__ __forceinline__ bool has(int row) const {
+    return static_cast<unsigned>(row) < static_cast<unsigned>(rows);
+  }
+};
+
+// Gradients of the subpixels of a pass, as pairs.
+template <int k>
+using PassGradients = Vector<float, 2>[kStripChannels<k>][kSubpixels<k> / 2];
+
+template <int k>
+using StripSums = float[kStripChannels<k>][k][k];
+
+// `source` is the lane's first output pixel of the row; `channels` of it exist.
+template <int k, typename T>
+__device__ __forceinline__ void load_pass(const Shape& shape, const Map& grad_output,
+                                          const T* source, int pass, int channels, bool aligned,
+                                          PassGradients<k>& gradients) {
+  const Pairs<kSubpixels<k>> pairs(shape, grad_output, pass);
+#pragma unroll
+  for (int c = 0; c < kStripChannels<k>; ++c) {
+#pragma unroll
+    for (int i = 0; i < kSubpixels<k> / 2; ++i) {
+      gradients[c][i] = {};
+      if (c < channels) gradients[c][i] = load_pair(source + pairs.offsets[i], aligned);
+    }
+    source += grad_output.channel_stride;
+  }
+}
+
+// Adds a pass of a row of the source, whose uppermost gradients are those of `row`. The lane's
+// weights are at `first`. With the first pass the sums move up.
+template <int k, bool kFirst>
+__device__ __forceinline__ void scatter_pass(const Band<k>& band, int row,
+                                             const SharedArray<float>& shared, int first,
+                                             const PassGradients<k>& gradients,
+                                             StripSums<k>& sums) {
+  constexpr int P = kSubpixels<k>;
+#pragma unroll
+  for (int u = 0; u < k; ++u) {
+    if (!band.has(row + u)) continue;
+#pragma unroll
+    for (int v = 0; v < k; ++v) {
+      const auto tap = shared.template get<P>(first + (u * k + v) * kWarpSize * P);
+#pragma unroll
+      for (int c = 0; c < kStripChannels<k>; ++c) {
+        float sum = u + kFirst < k ? sums[c][u + kFirst][v] : 0;
+#pragma unroll
+        for (int p = 0; p < P; ++p) sum += tap.values[p] * gradients[c][p / 2].values[p % 2];
+        sums[c][u][v] = sum;
+      }
+    }
+  }
+}
+
+// Adds up what the lanes have for a row, the sums in place u, and stores those of `channels`.
+template <int k, typename T>
+__device__ __forceinline__ void finish_row(const StripSums<k>& sums, int u, int lanes, T* target,
+                                           int64_t channel_stride, int channels) {
+  constexpr int r = k / 2;
+#pragma unroll
+  for (int c = 0; c < kStripChannels<k>; ++c) {
+    float total = sums[c][u][r];
+#pragma unroll
+    for (int d = 1; d <= r; ++d) {
+      add_from_above(total, sums[c][u][r - d], d, lanes);
+      add_from_below(total, sums[c][u][r + d], d, lanes);
+    }
+    if (c < channels) from_float(total, *target);
+    target += channel_stride;
+  }
+}
+
 template <int k, typename T>
 __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& grad_output,
                                                const Weights& weights, const Map& grad_features,
                                                const Strips& strips, unsigned block, bool aligned,
                                                const SharedArray<float>& shared) {
-  constexpr int P = kSubpixels<k>, kTaps = k * k, kRadius = k / 2, kChannels = kStripChannels<k>;
+  constexpr int P = kSubpixels<k>, r = k / 2;
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
-  const int64_t first_channel =
-      (int64_t(block % strips.channel_blocks) * kWarps + warp) * kChannels;
-  block /= strips.channel_blocks;
-  const int index = static_cast<int>(block % strips.across);
-  block /= strips.across;
-  const int begin = static_cast<int>(block % strips.bands) * strips.rows;
-  const int rows = min(strips.rows, static_cast<int>(shape.height) - begin);
-  // Of the source. Those of gradients count from the beginning of the band, too.
-  const int first_row = -min(begin, kRadius);
-  const int end_row = min(rows + kRadius, static_cast<int>(shape.height) - begin);
-  const int64_t plane = int64_t(block / strips.bands) * strips.planes_of_a_warp();
-  const Column column(shape, strips, plane, index, lane);        // whose gradients a thread sums
-  const Column staged(shape, strips, plane, index, thread / P);  // whose weights it provides
-  int64_t staged_offset = weights_offset(weights, shape, staged.n, staged.g, begin + first_row,
-                                         staged.w, thread % P);  // in the first pass
-  const int channels =
-      static_cast<int>(min(shape.group_channels() - first_channel, int64_t(kChannels)));
+  const Band<k> band(shape, strips, block, warp);
+  const Column column(shape, strips, band.first_plane, band.strip, lane);  // whose sums it has
+  // Whose weights it provides, and where those of the first pass are
+  const Column staged(shape, strips, band.first_plane, band.strip, thread / P);
+  int64_t staged_offset = weights_offset(weights, shape, staged.n, staged.g,
+                                         band.begin + band.first_row, staged.w, thread % P);
+  const int channels = static_cast<int>(
+      min(shape.group_channels() - band.first_channel, int64_t(kStripChannels<k>)));
   const int loaded = column.exists ? channels : 0, stored = column.complete ? channels : 0;
 
-  const int64_t group_channel = column.g * shape.group_channels() + first_channel;
+  const int64_t channel = column.g * shape.group_channels() + band.first_channel;
+  const int first_row = band.begin + band.first_row;
   const T* source = static_cast<const T*>(grad_output.data) + column.n * grad_output.batch_stride +
-                    group_channel * grad_output.channel_stride +
-                    (begin + first_row) * shape.scale * grad_output.row_stride +
-                    column.w * shape.scale;
+                    channel * grad_output.channel_stride +
+                    first_row * shape.scale * grad_output.row_stride + column.w * shape.scale;
   T* target = static_cast<T*>(grad_features.data) + column.n * grad_features.batch_stride +
-              group_channel * grad_features.channel_stride +
-              (begin + first_row - kRadius) * grad_features.row_stride + column.w;
+              channel * grad_features.channel_stride + (first_row - r) * grad_features.row_stride +
+              column.w;
+
   const int passes = static_cast<int>(shape.subpixels() / P);
-  int buffer = 0;
-  // For the k rows of locations around a row of the source, which completes the first one. With the
-  // first pass of the next row, they move up.
-  float sums[kChannels][k][k] = {};
-  const auto is_of_the_band = [&](int row) {
-    return static_cast<unsigned>(row) < static_cast<unsigned>(rows);
-  };
-  // Adds up what the lanes have for a row, the sums in place u, and stores it.
-  const auto finish = [&](int row, int u, T* next) {
-    if (!is_of_the_band(row)) return;
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      float total = sums[c][u][kRadius];
-#pragma unroll
-      for (int d = 1; d <= kRadius; ++d) {
-        add_from_above(total, sums[c][u][kRadius - d], d, strips.lanes);
-        add_from_below(total, sums[c][u][kRadius + d], d, strips.lanes);
-      }
-      if (c < stored) from_float(total, *next);
-      next += grad_features.channel_stride;
-    }
-  };
-  for (int row = first_row - kRadius; row < end_row - kRadius; ++row) {  // the first one
+  int buffer = 0;  // of the weights: two in turns, so one barrier is enough
+  StripSums<k> sums = {};
+  for (int row = band.first_row - r; row < band.end_row - r; ++row) {  // of the uppermost sums
     const auto add = [&](int pass, auto is_first) {
       constexpr bool kFirst = decltype(is_first)::value;
-      Vector<float, 2> gradients[kChannels][P / 2];
+      PassGradients<k> gradients;
       const auto load = [&] {
-        const Pairs<P> pairs(shape, grad_output, pass);
-        const T* next = source;
-#pragma unroll
-        for (int c = 0; c < kChannels; ++c) {
-#pragma unroll
-          for (int i = 0; i < P / 2; ++i) {
-            gradients[c][i] = {};
-            if (c < loaded) gradients[c][i] = load_pair(next + pairs.offsets[i], aligned);
-          }
-          next += grad_output.channel_stride;
-        }
+        load_pass<k>(shape, grad_output, source, pass, loaded, aligned, gradients);
       };
       if constexpr (kFirst) load();  // early
       if (thread < kWarpSize * P) {
@@ -504,44 +609,28 @@ __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& gr
           offset += subpixel_offset(weights, shape, pass * P + thread % P) -
                     subpixel_offset(weights, shape, thread % P);
         }
-        float values[kTaps] = {};
-        if (staged.exists) load_weights(weights, offset, values);
-#pragma unroll
-        for (int t = 0; t < kTaps; ++t) shared.set(buffer + t * kWarpSize * P + thread, values[t]);
+        stage_weights<k>(weights, offset, staged.exists, shared, buffer + thread);
       }
       if constexpr (!kFirst) load();  // late, as there are more sums to keep
       __syncthreads();
-#pragma unroll
-      for (int u = 0; u < k; ++u) {
-        if (!is_of_the_band(row + u)) continue;
-#pragma unroll
-        for (int v = 0; v < k; ++v) {
-          const Vector<float, P> tap =
-              shared.template get<P>(buffer + ((u * k + v) * kWarpSize + lane) * P);
-#pragma unroll
-          for (int c = 0; c < kChannels; ++c) {
-            float sum = u + kFirst < k ? sums[c][u + kFirst][v] : 0;
-#pragma unroll
-            for (int p = 0; p < P; ++p) {
-              sum += tap.values[p] * gradients[c][p / 2].values[p % 2];
-            }
-            sums[c][u][v] = sum;
-          }
-        }
-      }
-      buffer = kWeights<k> - buffer;  // two in turns, so one barrier is enough
+      scatter_pass<k, kFirst>(band, row, shared, buffer + lane * P, gradients, sums);
+      buffer = kWeights<k> - buffer;
     };
     add(0, std::true_type());
     for (int pass = 1; pass < passes; ++pass) add(pass, std::false_type());
-    finish(row, 0, target);
+    if (band.has(row)) {
+      finish_row<k>(sums, 0, strips.lanes, target, grad_features.channel_stride, stored);
+    }
     staged_offset += weights.row_stride;
     source += shape.scale * grad_output.row_stride;
     target += grad_features.row_stride;
   }
   // At the lower border of the map, no more rows of the source complete the last ones.
 #pragma unroll
-  for (int u = 1; u <= kRadius; ++u, target += grad_features.row_stride) {
-    finish(end_row - kRadius + u - 1, u, target);
+  for (int u = 1; u <= r; ++u, target += grad_features.row_stride) {
+    if (band.has(band.end_row - r + u - 1)) {
+      finish_row<k>(sums, u, strips.lanes, target, grad_features.channel_stride, stored);
+    }
   }
 }
 

@@ -125,8 +125,8 @@ __device__ __forceinline__ void store_taps(const float (&values)[kTaps], W* taps
   for (int t = 0; t < kTaps; ++t, taps += stride) from_float(values[t], *taps);
 }
 
-// Weights have a type of their own under autocast. They are read once for many channels, so it costs
-// nothing to decide at run time. The values are masks or logits, as they are in memory.
+// Weights have a type of their own under autocast. They are read once for many channels, so it
+// costs nothing to decide at run time. The values are masks or logits, as they are in memory.
 template <int kTaps>
 __device__ __forceinline__ void load_values(const Weights& weights, int64_t offset,
                                             float (&values)[kTaps]) {
