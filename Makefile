@@ -99,7 +99,7 @@ $(STAMPS)/torch: | $(PY)
 
 $(STAMPS)/extension: $(STAMPS)/torch $(SOURCES)
 	@echo "== carafe_d2 and its compiled operator"
-	@$(PIP) install --quiet 'setuptools>=77' ninja
+	@$(PIP) install --quiet 'setuptools>=77'
 	@$(PY) setup.py --quiet build_ext --inplace
 	@$(PIP) install --quiet --no-build-isolation --editable '.[train,test,lint]'
 	@touch $@

@@ -2,8 +2,9 @@
 
 The operator is one shared library on LibTorch's stable ABI: it links no libpython and takes the
 CUDA runtime statically, so the same file loads under any Python and any PyTorch from 2.10 on, with
-CUDA or without. Wheels are tagged accordingly: py3-none and the platform. The library contains how
-it was built, as JSON, for `python -m carafe_d2.collect_env`.
+CUDA or without. (torch.utils.cpp_extension ties a library to one PyTorch and its CUDA, and knows
+no flags for single files.) Wheels are tagged accordingly: py3-none and the platform. The library
+contains how it was built, as JSON, for `python -m carafe_d2.collect_env`.
 
 Environment variables:
     CARAFE_D2_CUDA        0 builds for the CPU only, 1 insists on CUDA. Default: CUDA if there is
@@ -17,6 +18,7 @@ Environment variables:
     MAX_JOBS              How many files are compiled at a time. Default: one per processor.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -25,17 +27,21 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+TORCH = Path(torch.__file__).parent
+CXX = shlex.split(os.environ.get("CXX", "g++"))
 TORCH_TARGET = (2, 10)  # the first PyTorch whose stable ABI has what we need
 CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra"
-NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden"
+NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --threads 2 -Xptxas -v"
 DEFAULT_ARCHS = ("75", "80", "86", "90", "100", "120")  # 8.9 runs the code of 8.6
 CPU_FLAGS = {  # instruction sets that are chosen at run time, by source file
     "kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
@@ -47,6 +53,9 @@ BUILD_INFO_SOURCE = """\
 __attribute__((used)) static const char build_info[] =
     R"json(carafe_d2 build info: %s)json";
 """
+
+
+# ------------------------------------------------------------------------------------------ CUDA
 
 
 def find_nvcc() -> str | None:
@@ -70,23 +79,18 @@ def find_nvcc() -> str | None:
     return None
 
 
-def pip_toolkit_flags(nvcc: str) -> str:
+def pip_toolkit_flags(nvcc: str) -> list[str]:
     """Headers and libraries of a toolkit that pip spread over several packages."""
     nvidia = Path(nvcc).parents[2]
     if nvidia.name != "nvidia":
-        return ""
-    folders = sorted(nvidia.iterdir())
-    includes = [f"-I{folder}/include" for folder in folders if (folder / "include").is_dir()]
-    libraries = [
-        f"-L{folder}/lib" for folder in folders if list(folder.glob("lib/libcudart_static.a"))
-    ]
-    return " ".join(includes + libraries)
+        return []
+    includes = [f"-I{folder}" for folder in sorted(nvidia.glob("*/include"))]
+    libraries = [f"-L{path.parent}" for path in sorted(nvidia.glob("*/lib/libcudart_static.a"))]
+    return includes + libraries
 
 
 def cuda_archs(nvcc: str) -> tuple[list[str], list[str]]:
     """Architectures to compile machine code and PTX for, such as (["80", "90"], ["90"])."""
-    import torch
-
     requested = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if requested:
         machine, ptx = [], []
@@ -99,95 +103,93 @@ def cuda_archs(nvcc: str) -> tuple[list[str], list[str]]:
             machine.append(match[1] + match[2])
             ptx += [match[1] + match[2]] if match[3] else []
         return machine, ptx
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
-    known = re.findall(r"compute_(\d+)", listed.stdout)
+    known = re.findall(r"compute_(\d+)", output_of([nvcc, "--list-gpu-arch"]))
     if torch.cuda.is_available():
-        capabilities = {
-            torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())
-        }
-        here = [f"{major}{minor}" for major, minor in sorted(capabilities)]
-        if all(arch in known for arch in here):
-            return here, here[-1:]
+        gpus = range(torch.cuda.device_count())
+        here = sorted({torch.cuda.get_device_capability(index) for index in gpus})
+        machine = [f"{major}{minor}" for major, minor in here]
+        if all(arch in known for arch in machine):
+            return machine, machine[-1:]
     machine = [arch for arch in DEFAULT_ARCHS if arch in known]
     return machine, machine[-1:]
+
+
+def gencode_flags(machine: Iterable[str], ptx: Iterable[str]) -> list[str]:
+    """nvcc's flags for the architectures that `cuda_archs` gives."""
+    codes = [(arch, f"sm_{arch}") for arch in machine]
+    codes += [(arch, f"compute_{arch}") for arch in ptx]
+    return [f"-gencode=arch=compute_{arch},code={code}" for arch, code in codes]
+
+
+# ------------------------------------------------------------------------------------- compiling
 
 
 def output_of(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def write_if_changed(path: Path, text: str) -> None:
-    """Leaves a file alone that is as it should be, so that ninja does not build it again."""
-    if not path.is_file() or path.read_text() != text:
-        path.write_text(text)
-
-
-def ninja_file(sources: list[str], nvcc: str | None, machine: list[str], ptx: list[str]) -> str:
-    """The build file that makes operator.so of the sources."""
-    import torch
-
-    torch_folder = Path(torch.__file__).parent
-    includes = f"-isystem {torch_folder}/include"
+def compile_command(source: Path, nvcc: str | None, codes: list[str]) -> list[str]:
+    """How to compile a file, but for its name and that of the object file."""
     major, minor = TORCH_TARGET
-    defines = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000ULL"
+    target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000ULL"
+    common = ["-isystem", str(TORCH / "include"), target]
     if nvcc:
-        defines += " -DCARAFE_D2_WITH_CUDA -DUSE_CUDA"
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in machine]
-    codes += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ptx]
-    pip_flags = pip_toolkit_flags(nvcc) if nvcc else ""
+        common += ["-DCARAFE_D2_WITH_CUDA", "-DUSE_CUDA"]
+    if source.suffix == ".cu":
+        return [nvcc, *NVCC_FLAGS.split(), *common, *pip_toolkit_flags(nvcc), *codes]
+    own = f"{os.environ.get('CXXFLAGS', '')} {CPU_FLAGS.get(source.name, '')}"
+    return [*CXX, *CXX_FLAGS.split(), *common, *own.split()]
+
+
+def link_command(nvcc: str | None, codes: list[str]) -> list[str]:
+    """How to link, but for the names of the files and of the library."""
     # libtorch brings in libtorch_cuda where PyTorch has it: it must stay, needed or not.
-    link = f"-Wl,--no-as-needed -L{torch_folder}/lib -ltorch -ltorch_cpu "
-    link += f"{os.environ.get('LDFLAGS', '')} {pip_flags}"
-    lines = [
-        f"cxx = {os.environ.get('CXX', 'g++')}",
-        f"cxxflags = {CXX_FLAGS} {defines} {includes} {os.environ.get('CXXFLAGS', '')}",
-        "rule cxx",
-        "  command = $cxx -MMD -MF $out.d $cxxflags $flags -c $in -o $out",
-        "  description = compile $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-    ]
-    if nvcc:
-        lines += [
-            f"nvcc = {nvcc}",
-            f"nvccflags = {NVCC_FLAGS} --threads 2 "
-            f"{defines} {includes} {pip_flags} {' '.join(codes)}",
-            "rule nvcc",
-            # tests/test_nvcc.py reads in the log whether registers were spilled
-            "  command = $nvcc -MD -MF $out.d $nvccflags -Xptxas -v -c $in -o $out "
-            "2> $out.log; "
-            "status=$$?; grep -Ev '^ptxas info|^ +[0-9]+ bytes stack|^$$' $out.log; "
-            "exit $$status",
-            "  description = compile $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            "  description = link $out",
-            f"  command = $nvcc -shared -cudart static {' '.join(codes)} $in -o $out "
-            + link.replace("-Wl,", "-Xlinker "),
-        ]
-    else:
-        lines += [
-            "rule link",
-            "  description = link $out",
-            f"  command = $cxx -shared $in -o $out {link}",
-        ]
-    objects = ["build_info.o"]
-    lines.append("build build_info.o: cxx build_info.cpp")
-    for source in map(Path, sources):
-        is_cuda = source.suffix == ".cu"
-        if is_cuda and not nvcc:
-            continue
-        objects.append(f"{source.stem}{source.suffix}.o")
-        lines.append(f"build {objects[-1]}: {'nvcc' if is_cuda else 'cxx'} {ROOT / source}")
-        if source.name in CPU_FLAGS:
-            lines.append(f"  flags = {CPU_FLAGS[source.name]}")
-    lines.append(f"build operator.so: link {' '.join(objects)}")
-    return "\n".join(lines) + "\n"
+    libraries = ["-Wl,--no-as-needed", f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu"]
+    flags = [*libraries, *os.environ.get("LDFLAGS", "").split()]
+    if nvcc is None:
+        return [*CXX, "-shared", "-fPIC", *flags]
+    flags = [flag.replace("-Wl,", "-Xlinker=") for flag in flags] + pip_toolkit_flags(nvcc)
+    return [nvcc, "-shared", "-Xcompiler", "-fPIC", "-cudart", "static", *codes, *flags]
+
+
+def digest(files: Iterable[Path], text: str = "") -> str:
+    """A hash of a text, and of the names and contents of files."""
+    result = hashlib.sha256(text.encode())
+    for file in sorted(filter(Path.is_file, files)):
+        result.update(file.name.encode() + b"\0" + file.read_bytes())
+    return result.hexdigest()
+
+
+def sources_digest() -> str:
+    """What the library is built from; tests/conftest.py compares it with the library's."""
+    return digest([*ROOT.glob("csrc/**/*"), ROOT / "setup.py"])
+
+
+def compile_file(source: Path, folder: Path, command: list[str]) -> Path:
+    """Makes the object file, unless one of the same text and command is there; returns its path."""
+    target = folder / f"{source.name}.o"
+    key_file, log_file = Path(f"{target}.key"), Path(f"{target}.log")
+    nearby = [*source.parent.glob("*.*"), *ROOT.glob("csrc/*.*")]
+    headers = [file for file in nearby if file.suffix not in (".cpp", ".cu")]
+    key = digest([source, *headers], f"{command}, {torch.__version__}")
+    if target.is_file() and key_file.is_file() and key_file.read_text() == key:
+        return target
+    print(f"compile {source.name}", flush=True)
+    key_file.unlink(missing_ok=True)
+    run = subprocess.run([*command, "-c", source, "-o", target], stderr=subprocess.PIPE, text=True)
+    log_file.write_text(run.stderr)  # tests/test_nvcc.py reads in it whether registers were spilled
+    print(re.sub(r"(?m)^(ptxas info.*| +\d+ bytes stack.*|)\n", "", run.stderr), end="", flush=True)
+    if run.returncode:
+        raise SystemExit(f"carafe_d2: {source.name} did not compile; see the messages above")
+    key_file.write_text(key)
+    return target
+
+
+# --------------------------------------------------------------------------------- for setuptools
 
 
 class BuildOperator(build_ext):
-    """Compiles the extension with ninja, into a library whose name does not depend on Python."""
+    """Compiles the extension into a library whose name does not depend on Python."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -195,6 +197,7 @@ class BuildOperator(build_ext):
     def build_extension(self, ext: Extension) -> None:
         nvcc = find_nvcc()
         machine, ptx = cuda_archs(nvcc) if nvcc else ([], [])
+        codes = gencode_flags(machine, ptx)
         info = self.build_info(nvcc, machine, ptx)
         if nvcc:
             target = f"CPU and CUDA {info['cuda']} ({', '.join(info['cuda_architectures'])})"
@@ -207,40 +210,33 @@ class BuildOperator(build_ext):
         build = Path(self.get_finalized_command("build").build_base).resolve()
         folder = build / ("operator-cuda" if nvcc else "operator-cpu")
         folder.mkdir(parents=True, exist_ok=True)
-        write_if_changed(folder / "build_info.cpp", BUILD_INFO_SOURCE % json.dumps(info))
-        write_if_changed(folder / "build.ninja", ninja_file(ext.sources, nvcc, machine, ptx))
-        if importlib.util.find_spec("ninja"):
-            ninja = [sys.executable, "-m", "ninja"]
-        elif shutil.which("ninja"):
-            ninja = ["ninja"]
-        else:
-            raise SystemExit("carafe_d2: ninja is needed to build the operator: pip install ninja")
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-        if subprocess.run([*ninja, "-C", str(folder), "-j", jobs]).returncode:
-            raise SystemExit("carafe_d2: the operator did not compile; see the messages above")
-
+        sources = [ROOT / name for name in ext.sources if nvcc or not name.endswith(".cu")]
+        commands = [compile_command(source, nvcc, codes) for source in sources]
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            objects = list(pool.map(compile_file, sources, [folder] * len(sources), commands))
+        info_file, operator = folder / "build_info.cpp", folder / "operator.so"
+        info_file.write_text(BUILD_INFO_SOURCE % json.dumps(info))
+        link = [*link_command(nvcc, codes), info_file, *objects, "-o", operator]
+        if subprocess.run(link).returncode:
+            raise SystemExit("carafe_d2: the operator did not link; see the messages above")
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(folder / "operator.so"), str(library))
+        self.copy_file(str(operator), str(library))
 
     def build_info(self, nvcc: str | None, machine: list[str], ptx: list[str]) -> dict:
         """What the library tells of itself; no paths, so that it is the same on every machine."""
-        import torch
-
-        release = None
-        if nvcc:
-            release = re.search(r"release ([\d.]+)", output_of([nvcc, "--version"]))[1]
-        cxx = shlex.split(os.environ.get("CXX", "g++"))
-        if shutil.which(cxx[0]) is None:
-            raise SystemExit(f"carafe_d2: no C++ compiler {cxx[0]}: install one or set CXX")
+        nvcc_version = output_of([nvcc, "--version"]) if nvcc else ""
+        if shutil.which(CXX[0]) is None:
+            raise SystemExit(f"carafe_d2: no C++ compiler {CXX[0]}: install one or set CXX")
         return {
             "version": self.distribution.get_version(),
+            "sources": sources_digest(),
             "torch": torch.__version__,
             "oldest_torch": "{}.{}".format(*TORCH_TARGET),
-            "compiler": output_of([*cxx, "--version"]).partition("\n")[0],
+            "compiler": output_of([*CXX, "--version"]).partition("\n")[0],
             "cxxflags": f"{CXX_FLAGS} {os.environ.get('CXXFLAGS', '')}".strip(),
             "ldflags": os.environ.get("LDFLAGS", ""),
-            "cuda": release,
+            "cuda": nvcc and re.search(r"release ([\d.]+)", nvcc_version)[1],
             "cuda_architectures": [f"sm_{arch}" for arch in machine]
             + [f"compute_{arch} (PTX)" for arch in ptx],
         }
@@ -257,7 +253,8 @@ def sources() -> list[str]:
     found = [*ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.cu")]
     if platform.machine() not in ("x86_64", "AMD64"):
         found = [source for source in found if source.name not in CPU_FLAGS]
-    return sorted(str(source.relative_to(ROOT)) for source in found)
+    # CUDA's first, which takes longest
+    return sorted((str(source.relative_to(ROOT)) for source in found), reverse=True)
 
 
 if __name__ == "__main__":

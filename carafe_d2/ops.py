@@ -36,7 +36,7 @@ __all__ = ["DECOMPOSITIONS", "carafe", "carafe_upsample", "flop_count_ops"]
 _LIBRARY = Path(__file__).with_name("_C.so")
 _HOW_TO_BUILD = (
     "Build it with `pip install -e . --no-build-isolation` in a checkout of carafe-d2 "
-    "(needs PyTorch 2.10 or later, g++ and ninja; nvcc for GPUs)."
+    "(needs PyTorch 2.10 or later and g++; nvcc for GPUs)."
 )
 
 

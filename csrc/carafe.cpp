@@ -102,10 +102,10 @@ int64_t product(std::initializer_list<int64_t> factors) {
   return result;
 }
 
-// The two operators differ in how the reassembly kernels are stored.
+// The two operators differ in how the weights are stored.
 enum class Operator { kCarafe, kCarafeUpsample };
 
-Shape check_arguments(Operator op, const Tensor& features, const Tensor& kernels,
+Shape check_arguments(Operator op, const Tensor& features, const Tensor& weights,
                       int64_t kernel_size, int64_t group_size, int64_t scale_factor) {
   const bool fused = op == Operator::kCarafeUpsample;
   const char* name = fused ? "kernel_logits" : "masks";
@@ -115,12 +115,12 @@ Shape check_arguments(Operator op, const Tensor& features, const Tensor& kernels
   check(group_size >= 1, "group_size: expected at least 1, but got ", group_size);
   check_tensor("features", "(N, C, H, W)", features);
   check_tensor(name, fused ? "(N, group_size*k*k*s*s, H, W)" : "(N, group_size*k*k, s*H, s*W)",
-               kernels);
-  check_same_device(name, kernels, features);
+               weights);
+  check_same_device(name, weights, features);
   const bool is_double = features.scalar_type() == ScalarType::Double;
-  check(is_double == (kernels.scalar_type() == ScalarType::Double), name, ": expected dtype ",
+  check(is_double == (weights.scalar_type() == ScalarType::Double), name, ": expected dtype ",
         is_double ? "float64" : "float32, float16 or bfloat16", " with features of ",
-        features.scalar_type(), ", but got ", kernels.scalar_type());
+        features.scalar_type(), ", but got ", weights.scalar_type());
   const Shape shape{
       features.size(0), features.size(1), features.size(2), features.size(3),
       kernel_size,      group_size,       scale_factor,     is_channels_last(features)};
@@ -132,10 +132,10 @@ Shape check_arguments(Operator op, const Tensor& features, const Tensor& kernels
       shape.batch, product({group_size, kernel_size, kernel_size, channel_scale, channel_scale}),
       product({shape.height, map_scale}), product({shape.width, map_scale})};
   const Sizes expected_sizes(expected, 4);
-  check(kernels.sizes().equals(expected_sizes), name, ": expected shape ", describe(expected_sizes),
+  check(weights.sizes().equals(expected_sizes), name, ": expected shape ", describe(expected_sizes),
         " for features of shape ", describe(features), " with kernel_size ", kernel_size,
         ", group_size ", group_size, " and scale_factor ", scale_factor, ", but got ",
-        describe(kernels));
+        describe(weights));
   return shape;
 }
 
@@ -174,26 +174,28 @@ Map map_of(const Tensor& tensor) {
           tensor.stride(1),  tensor.stride(2), tensor.stride(3)};
 }
 
-Kernels kernels_of(Operator op, const Shape& shape, const Tensor& tensor) {
-  const int64_t batch = tensor.stride(0), channel = tensor.stride(1);
-  const int64_t row = tensor.stride(2), column = tensor.stride(3);
-  const int64_t s = shape.scale;
+Weights weights_of(Operator op, const Shape& shape, const Tensor& tensor) {
+  const Map map = map_of(tensor);
+  Weights weights{};
+  weights.data = map.data;
+  weights.type = map.type;
+  weights.batch_stride = map.batch_stride;
   if (op == Operator::kCarafe) {
-    return {
-        tensor.data_ptr(), type_of(tensor), batch, shape.taps() * channel, channel, s * row, row,
-        s * column,        column,          false};
+    weights.tap_stride = map.channel_stride;
+    weights.row_stride = shape.scale * map.row_stride;
+    weights.sub_row_stride = map.row_stride;
+    weights.column_stride = shape.scale * map.column_stride;
+    weights.sub_column_stride = map.column_stride;
+  } else {  // the channel order of pixel_shuffle
+    weights.tap_stride = shape.subpixels() * map.channel_stride;
+    weights.row_stride = map.row_stride;
+    weights.sub_row_stride = shape.scale * map.channel_stride;
+    weights.column_stride = map.column_stride;
+    weights.sub_column_stride = map.channel_stride;
+    weights.softmax = true;
   }
-  const int64_t tap = shape.subpixels() * channel;  // the channel order of pixel_shuffle
-  return {tensor.data_ptr(),
-          type_of(tensor),
-          batch,
-          shape.taps() * tap,
-          tap,
-          row,
-          s * channel,
-          column,
-          channel,
-          true};
+  weights.group_stride = shape.taps() * weights.tap_stride;
+  return weights;
 }
 
 // ---------------------------------------------------------------------------------- operators
@@ -222,9 +224,9 @@ class CurrentDevice {
 };
 
 template <Operator op>
-Tensor forward(const Tensor& features, const Tensor& kernels, int64_t kernel_size,
+Tensor forward(const Tensor& features, const Tensor& weights, int64_t kernel_size,
                int64_t group_size, int64_t scale_factor) {
-  const Shape shape = check_arguments(op, features, kernels, kernel_size, group_size, scale_factor);
+  const Shape shape = check_arguments(op, features, weights, kernel_size, group_size, scale_factor);
   const Backend& backend = backend_of(features);
   const CurrentDevice device(features);
   const int64_t sizes[] = {shape.batch, shape.channels, shape.height * shape.scale,
@@ -232,7 +234,7 @@ Tensor forward(const Tensor& features, const Tensor& kernels, int64_t kernel_siz
   Tensor output = empty(Sizes(sizes, 4), features, shape.channels_last);
   if (output.numel() > 0) {
     const Tensor source = with_layout(features, shape.channels_last);
-    backend.forward(shape, map_of(source), kernels_of(op, shape, kernels), map_of(output));
+    backend.forward(shape, map_of(source), weights_of(op, shape, weights), map_of(output));
   }
   return output;
 }
@@ -240,28 +242,28 @@ Tensor forward(const Tensor& features, const Tensor& kernels, int64_t kernel_siz
 // Gradients that are not wanted come back as tensors of size (0,).
 template <Operator op>
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& features,
-                                    const Tensor& kernels, int64_t kernel_size, int64_t group_size,
-                                    int64_t scale_factor, bool want_features, bool want_kernels) {
-  const Shape shape = check_arguments(op, features, kernels, kernel_size, group_size, scale_factor);
+                                    const Tensor& weights, int64_t kernel_size, int64_t group_size,
+                                    int64_t scale_factor, bool want_features, bool want_weights) {
+  const Shape shape = check_arguments(op, features, weights, kernel_size, group_size, scale_factor);
   check_grad_output(shape, grad_output, features);
   const Backend& backend = backend_of(features);
   const CurrentDevice device(features);
   const int64_t none[] = {0};
   Tensor grad_features = want_features ? empty(features.sizes(), features, shape.channels_last)
                                        : torch::stable::new_empty(features, Sizes(none, 1));
-  Tensor grad_kernels = want_kernels ? empty(kernels.sizes(), kernels, is_channels_last(kernels))
-                                     : torch::stable::new_empty(kernels, Sizes(none, 1));
-  const bool has_features = grad_features.numel() > 0, has_kernels = grad_kernels.numel() > 0;
-  if (has_features || has_kernels) {
+  Tensor grad_weights = want_weights ? empty(weights.sizes(), weights, is_channels_last(weights))
+                                     : torch::stable::new_empty(weights, Sizes(none, 1));
+  const bool has_features = grad_features.numel() > 0, has_weights = grad_weights.numel() > 0;
+  if (has_features || has_weights) {
     const Tensor grad = with_layout(grad_output, shape.channels_last);
     const Tensor source = with_layout(features, shape.channels_last);
     const Map features_grad = has_features ? map_of(grad_features) : Map{};
-    const Kernels kernels_grad = has_kernels ? kernels_of(op, shape, grad_kernels) : Kernels{};
-    backend.backward(shape, map_of(grad), map_of(source), kernels_of(op, shape, kernels),
+    const Weights weights_grad = has_weights ? weights_of(op, shape, grad_weights) : Weights{};
+    backend.backward(shape, map_of(grad), map_of(source), weights_of(op, shape, weights),
                      has_features ? &features_grad : nullptr,
-                     has_kernels ? &kernels_grad : nullptr);
+                     has_weights ? &weights_grad : nullptr);
   }
-  return {grad_features, grad_kernels};
+  return {grad_features, grad_weights};
 }
 
 STABLE_TORCH_LIBRARY(carafe_d2, library) {

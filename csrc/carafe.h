@@ -35,17 +35,20 @@ struct Shape {
 struct Map {
   void* data;
   Type type;
-  int64_t batch, channel, row, column;
+  int64_t batch_stride, channel_stride, row_stride, column_stride;
 };
 
-// Reassembly kernels, one value for each (n, g, t, h, w, p). Masks (N, g*k*k, s*H, s*W) and the
-// logits of the content encoder (N, g*k*k*s*s, H, W) hold the same values in a different order, and
-// in both the offset is linear in these indices. So one struct of strides describes either of them,
-// and `softmax` says whether the values have to be normalized over the taps first.
-struct Kernels {
+// The weights of the taps (the paper's reassembly kernels; here, kernels are functions), one for
+// each (n, g, t, h, w, p). Masks (N, g*k*k, s*H, s*W) and the logits of the content encoder
+// (N, g*k*k*s*s, H, W) hold the same values in a different order, and in both the offset is linear
+// in these indices. So one struct of strides describes either of them, and `softmax` says whether
+// the values have to be normalized over the taps first.
+struct Weights {
   void* data;
   Type type;
-  int64_t batch, group, tap, row, sub_row, column, sub_column;
+  int64_t batch_stride, group_stride, tap_stride;
+  int64_t row_stride, sub_row_stride;  // of source locations, of the subpixels of one
+  int64_t column_stride, sub_column_stride;
   bool softmax;
 };
 
@@ -53,9 +56,9 @@ struct Kernels {
 // Columns (or channels, in channels last) of features, output and their gradients are adjacent;
 // every other stride is free.
 struct Backend {
-  void (*forward)(const Shape&, const Map& features, const Kernels&, const Map& output);
-  void (*backward)(const Shape&, const Map& grad_output, const Map& features, const Kernels&,
-                   const Map* grad_features, const Kernels* grad_kernels);
+  void (*forward)(const Shape&, const Map& features, const Weights&, const Map& output);
+  void (*backward)(const Shape&, const Map& grad_output, const Map& features, const Weights&,
+                   const Map* grad_features, const Weights* grad_weights);
 };
 
 extern const Backend kCpuBackend;

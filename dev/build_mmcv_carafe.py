@@ -135,9 +135,7 @@ def unpack(source: Path, folder: Path) -> Path:
 
 def compile_kernels(sources: Path, nvcc: str, setup: dict, library: Path) -> None:
     """Compiles mmcv's kernels and the binding into a library that PyTorch loads."""
-    machine, ptx = setup["cuda_archs"](nvcc)
-    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in machine]
-    codes += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ptx]
+    codes = setup["gencode_flags"](*setup["cuda_archs"](nvcc))
     torch_folder = Path(torch.__file__).parent
     # PyTorch's headers include those of cuBLAS and the like, which a toolkit may come without.
     # Last in line, so that they do not displace headers of the toolkit that nvcc belongs to.
@@ -150,7 +148,7 @@ def compile_kernels(sources: Path, nvcc: str, setup: dict, library: Path) -> Non
     binding.write_text(BINDING)
     command = [
         *(nvcc, "-shared", "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-w"),
-        *("-Xcompiler", ",".join(host), *codes, *setup["pip_toolkit_flags"](nvcc).split()),
+        *("-Xcompiler", ",".join(host), *codes, *setup["pip_toolkit_flags"](nvcc)),
         *(f"-I{sources / folder}" for folder in HEADERS),
         *("-isystem", torch_folder / "include"),
         *("-isystem", torch_folder / "include/torch/csrc/api/include"),

@@ -4,12 +4,36 @@ import copy
 import io
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+
+from carafe_d2 import collect_env
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_report_header():
+    return f"carafe_d2: {collect_env.LIBRARY}"
+
+
+def pytest_sessionstart():
+    """Stops where this checkout's library was built from other sources than are in it now."""
+    library = collect_env.LIBRARY
+    if not library.is_relative_to(ROOT) or not (ROOT / "csrc").is_dir():
+        return  # an installed one
+    info = collect_env.build_info(library) if library.is_file() else None
+    if info is None or info.get("sources") != runpy.run_path(ROOT / "setup.py")["sources_digest"]():
+        pytest.exit(
+            f"{library} is missing, or csrc/ or setup.py changed since it was built: "
+            "python setup.py build_ext --inplace",
+            returncode=pytest.ExitCode.USAGE_ERROR,
+        )
 
 
 def pytest_configure():

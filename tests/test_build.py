@@ -1,8 +1,8 @@
 """The library that setup.py builds, and how it finds what to build for."""
 
-import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,12 +17,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = Path(carafe_d2.ops.__file__).with_name("_C.so")
 
 
-@pytest.fixture(scope="module")
-def setup_script():
-    spec = importlib.util.spec_from_file_location("carafe_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+setup = runpy.run_path(str(ROOT / "setup.py"))
 
 
 def run(code: str, **environment) -> subprocess.CompletedProcess:
@@ -91,13 +86,38 @@ def test_operator_does_not_import_detectron2():
 def test_unusable_library_says_how_to_build(contents, tmp_path):
     package = tmp_path / "copied"
     package.mkdir()
-    for module in ("ops.py", "reference.py"):
+    for module in ("ops.py", "reference.py", "import_hooks.py"):
         shutil.copy(LIBRARY.with_name(module), package)
     if contents:
         (package / "_C.so").write_bytes(contents)
     result = run(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import copied.ops")
     assert "ImportError: The compiled operator of carafe_d2" in result.stderr
     assert "pip install -e . --no-build-isolation" in result.stderr
+
+
+@pytest.mark.parametrize("change", ["none but the time", "a header", "no library"])
+def test_suite_stops_at_a_library_of_other_sources(change, tmp_path):
+    for name in ("csrc", "carafe_d2"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("setup.py", "tests/conftest.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "tests" / "test_it.py").write_text("def test_it():\n    pass\n")
+    header = tmp_path / "csrc" / "cuda" / "device.cuh"
+    if change == "none but the time":
+        header.touch()
+    elif change == "a header":
+        header.write_text(header.read_text() + "\n")
+    else:
+        (tmp_path / "carafe_d2" / "_C.so").unlink()
+    command = [sys.executable, "-m", "pytest", "-q", "tests"]
+    suite = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    if change == "none but the time":
+        assert suite.returncode == 0, suite.stdout + suite.stderr
+    else:
+        assert suite.returncode == pytest.ExitCode.USAGE_ERROR
+        assert "python setup.py build_ext --inplace" in suite.stderr
+        assert len(suite.stderr.splitlines()) == 1
 
 
 def fake_nvcc(folder: Path) -> Path:
@@ -117,30 +137,30 @@ def test_missing_compiler_is_one_line(tmp_path):
     assert build.stderr.splitlines()[-1] == expected
 
 
-def test_finds_cuda(setup_script, tmp_path, monkeypatch):
+def test_finds_cuda(tmp_path, monkeypatch):
     monkeypatch.delenv("CARAFE_D2_CUDA", raising=False)
     nvcc = fake_nvcc(tmp_path)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert setup_script.find_nvcc() == str(nvcc)
+    assert setup["find_nvcc"]() == str(nvcc)
     monkeypatch.setenv("CARAFE_D2_CUDA", "0")
-    assert setup_script.find_nvcc() is None
+    assert setup["find_nvcc"]() is None
 
 
-def test_architectures(setup_script, tmp_path, monkeypatch):
+def test_architectures(tmp_path, monkeypatch):
     nvcc = str(fake_nvcc(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert setup_script.cuda_archs(nvcc) == (["75", "80", "90"], ["90"])
+    assert setup["cuda_archs"](nvcc) == (["75", "80", "90"], ["90"])
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a+PTX")
-    assert setup_script.cuda_archs(nvcc) == (["80", "90a"], ["90a"])
+    assert setup["cuda_archs"](nvcc) == (["80", "90a"], ["90a"])
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: expected a list"):
-        setup_script.cuda_archs(nvcc)
+        setup["cuda_archs"](nvcc)
 
 
-def test_targets_the_gpu_at_hand(setup_script, tmp_path, monkeypatch):
+def test_targets_the_gpu_at_hand(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    assert setup_script.cuda_archs(str(fake_nvcc(tmp_path))) == (["90"], ["90"])
+    assert setup["cuda_archs"](str(fake_nvcc(tmp_path))) == (["90"], ["90"])

@@ -48,11 +48,14 @@ Shape = struct(
     ("channels_last", ctypes.c_bool),
 )
 POINTER = [("data", ctypes.c_void_p), ("type", ctypes.c_int)]
-Map = struct("Map", *POINTER, *integers("batch", "channel", "row", "column"))
-Kernels = struct(
-    "Kernels",
+Map = struct(
+    "Map", *POINTER, *integers("batch_stride", "channel_stride", "row_stride", "column_stride")
+)
+Weights = struct(
+    "Weights",
     *POINTER,
-    *integers("batch", "group", "tap", "row", "sub_row", "column", "sub_column"),
+    *integers("batch_stride", "group_stride", "tap_stride"),
+    *integers("row_stride", "sub_row_stride", "column_stride", "sub_column_stride"),
     ("softmax", ctypes.c_bool),
 )
 Device = struct(
@@ -67,14 +70,20 @@ def map_of(tensor: Tensor) -> ctypes.Structure:
     return Map(tensor.data_ptr(), TYPES.index(tensor.dtype), *tensor.stride())
 
 
-def kernels_of(tensor: Tensor, k: int, s: int, fused: bool) -> ctypes.Structure:
+def weights_of(case: "Case", tensor: Tensor) -> ctypes.Structure:
     batch, channel, row, column = tensor.stride()
-    if fused:
-        tap = s * s * channel
-        strides = (batch, k * k * tap, tap, row, s * channel, column, channel)
+    s = case.scale
+    weights = Weights(tensor.data_ptr(), TYPES.index(tensor.dtype), batch, softmax=case.fused)
+    if case.fused:
+        weights.tap_stride = s * s * channel
+        weights.row_stride, weights.sub_row_stride = row, s * channel
+        weights.column_stride, weights.sub_column_stride = column, channel
     else:
-        strides = (batch, k * k * channel, channel, s * row, row, s * column, column)
-    return Kernels(tensor.data_ptr(), TYPES.index(tensor.dtype), *strides, fused)
+        weights.tap_stride = channel
+        weights.row_stride, weights.sub_row_stride = s * row, row
+        weights.column_stride, weights.sub_column_stride = s * column, column
+    weights.group_stride = case.kernel**2 * weights.tap_stride
+    return weights
 
 
 def compiled(folder: Path, *flags: str) -> Path:
@@ -123,12 +132,12 @@ class Case:
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Features, masks or logits, and the gradient of the output."""
         (n, c, h, w), (k, g, s) = self.shape, self.parameters
-        kernels = (n, g * k * k * s * s, h, w) if self.fused else (n, g * k * k, h * s, w * s)
+        weights = (n, g * k * k * s * s, h, w) if self.fused else (n, g * k * k, h * s, w * s)
         generator = torch.Generator().manual_seed(k * 100 + s)
-        features, kernels, grad_output = (
+        features, weights, grad_output = (
             torch.randn(shape, dtype=F64, generator=generator).to(dtype)
             for shape, dtype in zip(
-                (self.shape, kernels, (n, c, h * s, w * s)),
+                (self.shape, weights, (n, c, h * s, w * s)),
                 (*self.dtypes, self.dtypes[0]),
                 strict=True,
             )
@@ -138,13 +147,13 @@ class Case:
         memory = "dense" if dense_only else self.memory
         return (
             arranged(features, memory, self.channels_last),
-            arranged(kernels, self.memory, self.channels_last),
+            arranged(weights, self.memory, self.channels_last),
             arranged(grad_output, self.memory, self.channels_last),
         )
 
-    def expected(self, features, kernels, grad_output) -> tuple[Tensor, Tensor, Tensor]:
-        """Output, gradient of the features and gradient of the kernels, in float64."""
-        exact = [tensor.double().requires_grad_() for tensor in (features, kernels)]
+    def expected(self, features, weights, grad_output) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, gradient of the features and gradient of the weights, in float64."""
+        exact = [tensor.double().requires_grad_() for tensor in (features, weights)]
         reference = carafe_upsample_naive if self.fused else carafe_naive
         out = reference(*exact, *self.parameters)
         return out.detach(), *torch.autograd.grad(out, exact, grad_output.double())
@@ -188,36 +197,35 @@ class Operator:
         self.library = library
         self.device = Device(order, multiprocessors, general_blocks)
 
-    def forward(self, case: Case, features, kernels, grad_output) -> Tensor:
+    def forward(self, case: Case, features, weights, grad_output) -> Tensor:
         out = poisoned(arranged(grad_output, "dense", case.channels_last))
-        self.forward_into(out, case, features, kernels)
+        self.forward_into(out, case, features, weights)
         return out
 
-    def forward_into(self, out: Tensor, case: Case, features, kernels) -> None:
+    def forward_into(self, out: Tensor, case: Case, features, weights) -> None:
         self.call(
             self.library.emulate_forward,
             Shape(*case.shape, *case.parameters, case.channels_last),
             map_of(features),
-            kernels_of(kernels, case.kernel, case.scale, case.fused),
+            weights_of(case, weights),
             map_of(out),
         )
 
     def backward(
-        self, case: Case, features, kernels, grad_output, wanted=(True, True)
+        self, case: Case, features, weights, grad_output, wanted=(True, True)
     ) -> list[Tensor | None]:
         grads = [
             poisoned(arranged(tensor, "dense", case.channels_last)) if is_wanted else None
-            for tensor, is_wanted in zip((features, kernels), wanted, strict=True)
+            for tensor, is_wanted in zip((features, weights), wanted, strict=True)
         ]
-        size = case.kernel, case.scale, case.fused
         self.call(
             self.library.emulate_backward,
             Shape(*case.shape, *case.parameters, case.channels_last),
             map_of(grad_output),
             map_of(features),
-            kernels_of(kernels, *size),
+            weights_of(case, weights),
             None if grads[0] is None else map_of(grads[0]),
-            None if grads[1] is None else kernels_of(grads[1], *size),
+            None if grads[1] is None else weights_of(case, grads[1]),
         )
         return grads
 
@@ -409,9 +417,9 @@ def test_each_gradient_alone(emulation, case, channels_last, fused):
     both = operator.backward(case, *inputs)
     of_features, nothing = operator.backward(case, *inputs, wanted=(True, False))
     assert nothing is None
-    nothing, of_kernels = operator.backward(case, *inputs, wanted=(False, True))
+    nothing, of_weights = operator.backward(case, *inputs, wanted=(False, True))
     assert nothing is None
-    assert_same_bits([of_features, of_kernels], both)
+    assert_same_bits([of_features, of_weights], both)
 
 
 @OPERATORS
@@ -421,19 +429,19 @@ def test_each_gradient_alone(emulation, case, channels_last, fused):
 def test_what_is_not_finite_stays_in_its_window(emulation, case, bad, channels_last, fused):
     """A NaN or infinity reaches the results that depend on it, and no other."""
     case = replace(case, channels_last=channels_last, fused=fused)
-    features, kernels, grad_output = case.inputs()
+    features, weights, grad_output = case.inputs()
     operator = Operator(emulation)
     for h, w in ((0, 0), (2, 3), (case.shape[2] - 1, case.shape[3] - 1)):
-        inputs = features.clone(), kernels, grad_output.clone()
+        inputs = features.clone(), weights, grad_output.clone()
         inputs[0][0, 1, h, w] = bad
         inputs[2][0, 2, h * case.scale, w * case.scale] = bad
         finite = [expected.isfinite() for expected in case.expected(*inputs)]
-        out, grad_features, grad_kernels = (result.isfinite() for result in operator(case, inputs))
+        out, grad_features, grad_weights = (result.isfinite() for result in operator(case, inputs))
         assert torch.equal(out, finite[0])
         assert torch.equal(grad_features, finite[1])
         # Where a tap lies outside the map, the definition multiplies the gradient with zero.
-        assert torch.equal(grad_kernels | ~finite[2], torch.ones_like(grad_kernels))
-        assert grad_kernels.sum() < grad_kernels.numel()
+        assert torch.equal(grad_weights | ~finite[2], torch.ones_like(grad_weights))
+        assert grad_weights.sum() < grad_weights.numel()
 
 
 @OPERATORS
@@ -445,12 +453,12 @@ def test_a_weight_that_is_not_finite_stays_in_its_window(
 ):
     """Also beside the border, where lanes have no location of their own."""
     case = replace(case, channels_last=channels_last, fused=fused)
-    features, kernels, grad_output = case.inputs()
+    features, weights, grad_output = case.inputs()
     operator = Operator(emulation)
     taps = case.kernel**2
     for tap in (0, taps // 2, taps - 1):  # the corners and the center
         for position in (0, -1):
-            inputs = features, kernels.clone(), grad_output
+            inputs = features, weights.clone(), grad_output
             channel = tap * case.scale**2 if fused else tap
             inputs[1][-1, channel, position, position] = bad
             finite = [expected.isfinite() for expected in case.expected(*inputs)]
@@ -466,11 +474,11 @@ def test_a_weight_that_is_not_finite_stays_in_its_window(
 def test_extreme_logits_and_weights(emulation, channels_last, fused):
     for kernel in (3, 5):
         case = Case(kernel=kernel, channels_last=channels_last, fused=fused)
-        features, kernels, grad_output = case.inputs()
-        kernels = kernels.clone()
-        kernels[:, 0] = 3e4
-        kernels[:, 1:4] = -3e4
-        inputs = features, kernels, grad_output
+        features, weights, grad_output = case.inputs()
+        weights = weights.clone()
+        weights[:, 0] = 3e4
+        weights[:, 1:4] = -3e4
+        inputs = features, weights, grad_output
         results = Operator(emulation)(case, inputs)
         for result, expected in zip(results, case.expected(*inputs), strict=True):
             atol = 2e-5 * max(1.0, expected.abs().max().item())
@@ -478,9 +486,9 @@ def test_extreme_logits_and_weights(emulation, channels_last, fused):
 
 
 @LAYOUTS
-@pytest.mark.parametrize("kernel", [3, 5, 9])
-def test_maps_without_channels_give_kernels_no_gradient(emulation, kernel, channels_last):
-    case = Case((1, 0, 3, 4), kernel, channels_last=channels_last)
+@pytest.mark.parametrize(("kernel", "scale"), [(3, 2), (5, 2), (9, 2), (3, 1)])
+def test_maps_without_channels_give_weights_no_gradient(emulation, kernel, scale, channels_last):
+    case = Case((1, 0, 3, 4), kernel, scale=scale, channels_last=channels_last)
     _, gradient = Operator(emulation).backward(case, *case.inputs(), wanted=(False, True))
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
@@ -538,9 +546,9 @@ def test_sanitizers_are_at_work(run_sanitized, problem, report):
 def do_wrong(problem: str) -> None:
     """What sanitizers have to notice; in the process that it ends."""
     operator, case = Operator(load(os.environ[SANITIZED])), Case((1, 4, 6, 6), kernel=3)
-    features, kernels, out = case.inputs()
+    features, weights, out = case.inputs()
     if problem == "too few rows":
         features.untyped_storage().resize_(4 * 6 * 5 * 4)
     else:  # the operator's own outputs are aligned, so kernels need not expect this
         out = arranged(out, "unaligned", channels_last=False)
-    operator.forward_into(out, case, features, kernels)
+    operator.forward_into(out, case, features, weights)

@@ -7,10 +7,8 @@ used, otherwise the kernels are compiled here, which takes minutes.
 import importlib.util
 import re
 import runpy
-import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from carafe_d2.collect_env import build_info
+
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "operator-cuda"
-KERNEL_SOURCES = [*ROOT.glob("csrc/cuda/*"), *ROOT.glob("csrc/*.h")]
 ARCHS = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 SASS_ARCH = "sm_80"  # whose machine code is looked into
 
@@ -52,24 +51,30 @@ class Compiled:
 
 def compiled_by_the_build() -> Compiled | None:
     """What setup.py left behind, unless it is out of date or for other GPUs."""
-    logs = sorted(BUILD.glob("*.cu.o.log"))
-    newest = max(source.stat().st_mtime for source in KERNEL_SOURCES)
-    if not logs or min(log.stat().st_mtime for log in logs) < newest:
+    library = BUILD / "operator.so"
+    info = build_info(library) if library.is_file() else None
+    if (
+        info is None
+        or info.get("sources") != setup["sources_digest"]()
+        or not {*ARCHS} <= {*info["cuda_architectures"]}
+    ):
         return None
-    texts = [log.read_text() for log in logs]
-    if not all(f"for '{arch}'" in text for text in texts for arch in ARCHS):
-        return None
-    return Compiled(texts, sorted(BUILD.glob("*.cu.o")))
+    logs = [log.read_text() for log in BUILD.glob("*.cu.o.log")]
+    return Compiled(logs, [*BUILD.glob("*.cu.o")])
 
 
-def compile_kernel_file(source: Path, arch: str, output: Path) -> str:
-    """Compiles for one architecture, with the flags that setup.py uses; returns nvcc's log."""
-    flags = re.search(r"^nvccflags = (.*)$", setup["ninja_file"]([], NVCC, [], []), re.MULTILINE)[1]
-    code = f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}"
-    command = [NVCC, *shlex.split(flags), code, "-Xptxas", "-v", "-cubin", source, "-o", output]
+def run_nvcc(source: Path, output: Path, *flags: str) -> str:
+    """Compiles as setup.py does; returns nvcc's log."""
+    command = [*setup["compile_command"](source, NVCC, []), *flags, source, "-o", output]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stderr
+
+
+def compile_for(source: Path, arch: str, output: Path) -> str:
+    return run_nvcc(
+        source, output, *setup["gencode_flags"]([arch.removeprefix("sm_")], []), "-cubin"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +82,11 @@ def compiled(tmp_path_factory) -> Compiled:
     if found := compiled_by_the_build():
         return found
     folder = tmp_path_factory.mktemp("nvcc")
-    jobs = [(source, arch) for arch in ARCHS for source in ROOT.glob("csrc/cuda/*.cu")]
-    outputs = [folder / f"{source.stem}.{arch}.cubin" for source, arch in jobs]
+    (source,) = ROOT.glob("csrc/cuda/*.cu")
+    outputs = [folder / f"{arch}.cubin" for arch in ARCHS]
     with ThreadPoolExecutor(2) as pool:
-        logs = list(pool.map(compile_kernel_file, *zip(*jobs, strict=True), outputs))
-    return Compiled(logs, [path for path in outputs if f".{SASS_ARCH}." in path.name])
+        logs = list(pool.map(compile_for, [source] * len(ARCHS), ARCHS, outputs))
+    return Compiled(logs, [folder / f"{SASS_ARCH}.cubin"])
 
 
 def demangled(name: str) -> str:
@@ -140,7 +145,7 @@ def test_spills_are_noticed(tmp_path):
         "  for (int i = 0; i < 96; ++i) x[(95 - i) * 512 + threadIdx.x] = values[i];\n"
         "}\n"
     )
-    log = compile_kernel_file(source, SASS_ARCH, tmp_path / "spilling.cubin")
+    log = compile_for(source, SASS_ARCH, tmp_path / "spilling.cubin")
     (function,) = parse(log)
     assert function.spilled_bytes > 0
     assert re.fullmatch(r"sm_80: \d+ bytes spilled in forward\(float\*\)", str(function))
@@ -170,7 +175,7 @@ def test_no_kernel_uses_atomics(machine_code):
     assert not [name for name, code in machine_code.items() if pattern.search(code)]
 
 
-@pytest.mark.parametrize("kernel", ["forward", "backward_features", "backward_kernels"])
+@pytest.mark.parametrize("kernel", ["forward", "backward_features", "backward_weights"])
 def test_channels_last_float32_kernels_load_16_bytes_at_a_time(machine_code, kernel):
     """Of a contiguous map, a thread loads the value of its column; of this one, some channels."""
     other_types = re.compile(r"Half|BFloat16|double")
@@ -194,13 +199,11 @@ def test_holds_what_torch_cuda_arch_list_asks_for(requested, machine, ptx, tmp_p
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", requested)
     source = tmp_path / "tiny.cu"
     source.write_text("__global__ void tiny(float* x) { *x = 1; }\n")
-    text = setup["ninja_file"]([str(source)], NVCC, *setup["cuda_archs"](NVCC))
-    (tmp_path / "build.ninja").write_text(text)
-    ninja = [sys.executable, "-m", "ninja", "-C", tmp_path, "tiny.cu.o"]
-    subprocess.run(ninja, check=True, stdout=subprocess.DEVNULL)
+    output = tmp_path / "tiny.o"
+    run_nvcc(source, output, *setup["gencode_flags"](*setup["cuda_archs"](NVCC)), "-c")
 
     def listed(option: str) -> list[str]:
-        command = [cuobjdump, option, tmp_path / "tiny.cu.o"]
+        command = [cuobjdump, option, output]
         listing = subprocess.run(command, capture_output=True, text=True).stdout
         return sorted(re.findall(r"\.(sm_\w+)\.(?:cubin|ptx)", listing))
 

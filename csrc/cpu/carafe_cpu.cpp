@@ -66,14 +66,14 @@ void for_all_rows(const Shape& shape, const Kernel& kernel) {
                               });
 }
 
-void forward(const Shape& shape, const Map& features, const Kernels& weights, const Map& output) {
+void forward(const Shape& shape, const Map& features, const Weights& weights, const Map& output) {
   for_all_rows(shape, [&](int64_t begin, int64_t end, char* scratch) {
     return kernels().forward(shape, features, weights, output, begin, end, scratch);
   });
 }
 
 void backward(const Shape& shape, const Map& grad_output, const Map& features,
-              const Kernels& weights, const Map* grad_features, const Kernels* grad_weights) {
+              const Weights& weights, const Map* grad_features, const Weights* grad_weights) {
   for_all_rows(shape, [&](int64_t begin, int64_t end, char* scratch) {
     return kernels().backward(shape, grad_output, features, weights, grad_features, grad_weights,
                               begin, end, scratch);

@@ -15,10 +15,10 @@ namespace carafe_d2 {
 // Without `scratch` a kernel does nothing but return how many bytes of it a call needs;
 // `scratch` is aligned to 64 bytes.
 struct CpuKernels {
-  size_t (*forward)(const Shape&, const Map& features, const Kernels&, const Map& output,
+  size_t (*forward)(const Shape&, const Map& features, const Weights&, const Map& output,
                     int64_t begin, int64_t end, char* scratch);
-  size_t (*backward)(const Shape&, const Map& grad_output, const Map& features, const Kernels&,
-                     const Map* grad_features, const Kernels* grad_kernels, int64_t begin,
+  size_t (*backward)(const Shape&, const Map& grad_output, const Map& features, const Weights&,
+                     const Map* grad_features, const Weights* grad_weights, int64_t begin,
                      int64_t end, char* scratch);
 };
 

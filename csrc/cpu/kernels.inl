@@ -67,11 +67,11 @@ CARAFE_INLINE void for_parts(int64_t count, const Body& body) {
 
 // -------------------------------------------------------------- between tensors and buffers
 
-// Element (i, j) is `row * i + column * j` elements behind `offset`.
+// Element (i, j) is `row_stride * i + column_stride * j` elements behind `offset`.
 struct Matrix {
   void* data;
   Type type;
-  int64_t offset, row, column;
+  int64_t offset, row_stride, column_stride;
 };
 
 template <typename Body>
@@ -159,22 +159,24 @@ template <typename A>
 void load_matrix(A* target, int64_t target_row, const Matrix& source, int64_t rows,
                  int64_t columns) {
   with_elements(A(), source, [&](const auto* elements) {
-    if (source.column == 1) {
-      for (int64_t i = 0; i < rows; ++i, target += target_row, elements += source.row) {
+    if (source.column_stride == 1) {
+      for (int64_t i = 0; i < rows; ++i, target += target_row, elements += source.row_stride) {
         int64_t j = 0;
         for (; j + kLanes<A> <= columns; j += kLanes<A>) store(target + j, load(elements + j));
         if (j < columns) store(target + j, load_few<A>(elements + j, columns - j));
       }
-    } else if (source.row == 1) {
+    } else if (source.row_stride == 1) {
       for (int64_t j = 0; j < columns; j += kLanes<A>) {
         for_vectors<A>(rows, [&](int64_t i, int64_t n) {
-          load_transposed(target + i * target_row + j, target_row, elements + i + j * source.column,
-                          source.column, n, minimum(kLanes<A>, columns - j));
+          load_transposed(target + i * target_row + j, target_row,
+                          elements + i + j * source.column_stride, source.column_stride, n,
+                          minimum(kLanes<A>, columns - j));
         });
       }
     } else {
-      for (int64_t i = 0; i < rows; ++i, target += target_row, elements += source.row) {
-        for (int64_t j = 0; j < columns; ++j) target[j] = to_float(elements[j * source.column]);
+      for (int64_t i = 0; i < rows; ++i, target += target_row, elements += source.row_stride) {
+        for (int64_t j = 0; j < columns; ++j)
+          target[j] = to_float(elements[j * source.column_stride]);
         for (int64_t j = columns; j < whole_vectors<A>(columns); ++j) target[j] = 0;
       }
     }
@@ -186,23 +188,24 @@ template <typename A>
 void store_matrix(const A* source, int64_t source_row, const Matrix& target, int64_t rows,
                   int64_t columns) {
   with_elements(A(), target, [&](auto* elements) {
-    if (target.column == 1) {
-      for (int64_t i = 0; i < rows; ++i, source += source_row, elements += target.row) {
+    if (target.column_stride == 1) {
+      for (int64_t i = 0; i < rows; ++i, source += source_row, elements += target.row_stride) {
         int64_t j = 0;
         for (; j + kLanes<A> <= columns; j += kLanes<A>) store(elements + j, load(source + j));
         if (j < columns) store_few<A>(elements + j, load(source + j), columns - j);
       }
-    } else if (target.row == 1) {
+    } else if (target.row_stride == 1) {
       for (int64_t j = 0; j < columns; j += kLanes<A>) {
         for_vectors<A>(rows, [&](int64_t i, int64_t n) {
           store_transposed(source + i * source_row + j, source_row,
-                           elements + i + j * target.column, target.column, n,
+                           elements + i + j * target.column_stride, target.column_stride, n,
                            minimum(kLanes<A>, columns - j));
         });
       }
     } else {
-      for (int64_t i = 0; i < rows; ++i, source += source_row, elements += target.row) {
-        for (int64_t j = 0; j < columns; ++j) from_float(source[j], elements[j * target.column]);
+      for (int64_t i = 0; i < rows; ++i, source += source_row, elements += target.row_stride) {
+        for (int64_t j = 0; j < columns; ++j)
+          from_float(source[j], elements[j * target.column_stride]);
       }
     }
   });
@@ -214,14 +217,14 @@ inline void stream_matrix(const float* source, int64_t source_row, const Matrix&
                           int64_t rows, int64_t columns) {
   constexpr int64_t kFull = kLanes<float>;
   float* elements = static_cast<float*>(target.data) + target.offset;
-  const int64_t stride = target.column == 1 ? target.row : target.column;
+  const int64_t stride = target.column_stride == 1 ? target.row_stride : target.column_stride;
   const int64_t misaligned = reinterpret_cast<uintptr_t>(elements) / sizeof(float) % kFull;
   const bool is_stream = target.type == Type::kFloat && stride % kFull == 0;
-  if (is_stream && target.column == 1 && misaligned == 0 && columns % kFull == 0) {
+  if (is_stream && target.column_stride == 1 && misaligned == 0 && columns % kFull == 0) {
     for (int64_t i = 0; i < rows; ++i, source += source_row, elements += stride) {
       for (int64_t j = 0; j < columns; j += kFull) stream(elements + j, load(source + j));
     }
-  } else if (is_stream && target.row == 1 && columns % kFull == 0) {
+  } else if (is_stream && target.row_stride == 1 && columns % kFull == 0) {
     const int64_t lead = minimum((kFull - misaligned) % kFull, rows);
     for (int64_t j = 0; j < columns; j += kFull, elements += kFull * stride, source += kFull) {
       if (lead > 0) store_transposed(source, source_row, elements, stride, lead, kFull);
@@ -280,8 +283,9 @@ Matrix pixels_of(const Map& map, const Blocks<A>& blocks, const Row& at, int64_t
                  int64_t column) {
   const int64_t channel = at.g * blocks.channels + block * blocks.size;
   return {map.data, map.type,
-          at.n * map.batch + channel * map.channel + row * map.row + column * map.column,
-          map.column, map.channel};
+          at.n * map.batch_stride + channel * map.channel_stride + row * map.row_stride +
+              column * map.column_stride,
+          map.column_stride, map.channel_stride};
 }
 
 // k rows of the features or of their gradient, r columns wider than the map on either side:
@@ -410,22 +414,22 @@ struct OutputTile {
   }
 };
 
-// The reassembly kernels, or their gradients, of a tile of source pixels: data[t][p][lane].
+// The weights, or their gradients, of a tile of source pixels: data[t][p][lane].
 template <typename A>
-struct Weights {
+struct WeightTile {
   int64_t taps, scale, subpixels, tap_size;
   A* data;
 
   // Of the first of `tiles` tiles.
-  Weights(const Shape& shape, int64_t tiles, Arena& arena)
+  WeightTile(const Shape& shape, int64_t tiles, Arena& arena)
       : taps(shape.taps()),
         scale(shape.scale),
         subpixels(shape.subpixels()),
         tap_size(subpixels * kLanes<A>),
         data(arena.take<A>(tiles * taps * tap_size)) {}
 
-  Weights tile(int64_t index) const {
-    Weights result = *this;
+  WeightTile tile(int64_t index) const {
+    WeightTile result = *this;
     result.data += index * taps * tap_size;
     return result;
   }
@@ -435,34 +439,38 @@ struct Weights {
   // Calls body(buffer, buffer_row, matrix, rows) for the parts of the tile that are matrices
   // (taps, pixels) in memory. Of logits that is the whole, because there p and t follow each other.
   template <typename Body>
-  void for_matrices(const Kernels& kernels, const Row& row, int64_t w, const Body& body) const {
-    const int64_t offset =
-        row.n * kernels.batch + row.g * kernels.group + row.h * kernels.row + w * kernels.column;
-    if (kernels.sub_row == scale * kernels.sub_column && kernels.tap == scale * kernels.sub_row) {
+  void for_matrices(const Weights& weights, const Row& row, int64_t w, const Body& body) const {
+    const int64_t offset = row.n * weights.batch_stride + row.g * weights.group_stride +
+                           row.h * weights.row_stride + w * weights.column_stride;
+    if (weights.sub_row_stride == scale * weights.sub_column_stride &&
+        weights.tap_stride == scale * weights.sub_row_stride) {
       return body(data, kLanes<A>,
-                  Matrix{kernels.data, kernels.type, offset, kernels.sub_column, kernels.column},
+                  Matrix{weights.data, weights.type, offset, weights.sub_column_stride,
+                         weights.column_stride},
                   taps * subpixels);
     }
     for (int64_t p = 0; p < subpixels; ++p) {
-      const int64_t sub_offset = p / scale * kernels.sub_row + p % scale * kernels.sub_column;
+      const int64_t sub_offset =
+          p / scale * weights.sub_row_stride + p % scale * weights.sub_column_stride;
       body(data + p * kLanes<A>, tap_size,
-           Matrix{kernels.data, kernels.type, offset + sub_offset, kernels.tap, kernels.column},
+           Matrix{weights.data, weights.type, offset + sub_offset, weights.tap_stride,
+                  weights.column_stride},
            taps);
     }
   }
 
-  // The kernels of source pixels w to w + count, normalized if they are logits.
-  void load(const Kernels& kernels, const Row& row, int64_t w, int64_t count) const {
-    for_matrices(kernels, row, w, [&](A* buffer, int64_t buffer_row, const Matrix& m, int64_t n) {
+  // Those of source pixels w to w + count, normalized if they are logits.
+  void load(const Weights& weights, const Row& row, int64_t w, int64_t count) const {
+    for_matrices(weights, row, w, [&](A* buffer, int64_t buffer_row, const Matrix& m, int64_t n) {
       load_matrix(buffer, buffer_row, m, n, count);
     });
-    if (kernels.softmax) {
+    if (weights.softmax) {
       for (int64_t p = 0; p < subpixels; ++p) softmax(p);
     }
   }
 
-  void store(const Kernels& kernels, const Row& row, int64_t w, int64_t count) const {
-    for_matrices(kernels, row, w, [&](A* buffer, int64_t buffer_row, const Matrix& m, int64_t n) {
+  void store(const Weights& weights, const Row& row, int64_t w, int64_t count) const {
+    for_matrices(weights, row, w, [&](A* buffer, int64_t buffer_row, const Matrix& m, int64_t n) {
       store_matrix(buffer, buffer_row, m, n, count);
     });
   }
@@ -487,7 +495,7 @@ struct Weights {
 
 // With m = softmax(logits): grad logits[t] = m[t] * (grad m[t] - sum over t' of m[t'] grad m[t']).
 template <typename A>
-void softmax_backward(const Weights<A>& weights, const Weights<A>& grad) {
+void softmax_backward(const WeightTile<A>& weights, const WeightTile<A>& grad) {
   for (int64_t p = 0; p < weights.subpixels; ++p) {
     Vector<A> sum = {};
     for (int64_t t = 0; t < weights.taps; ++t) sum += load(weights.at(t, p)) * load(grad.at(t, p));
@@ -501,8 +509,8 @@ void softmax_backward(const Weights<A>& weights, const Weights<A>& grad) {
 
 // out[p][c] = sum over t of weights[t][p] * features[t][c]: Q vectors of channels, P subpixels.
 template <int64_t Q, int64_t P, typename A>
-void reassemble(const A* features, const int64_t* taps, const Weights<A>& weights, const A* weight,
-                A* out, const int64_t* subpixels) {
+void reassemble(const A* features, const int64_t* taps, const WeightTile<A>& weights,
+                const A* weight, A* out, const int64_t* subpixels) {
   Vector<A> sum[Q][P] = {};
   for (int64_t t = 0; t < weights.taps; ++t, weight += weights.tap_size) {
     const A* pixel = features + taps[t];
@@ -524,8 +532,9 @@ void reassemble(const A* features, const int64_t* taps, const Weights<A>& weight
 
 // grad[t][c] += sum over p of weights[t][p] * out[p][c], for taps first to last.
 template <int64_t Q, int64_t P, typename A>
-void scatter(A* grad, const int64_t* taps, int64_t first, int64_t last, const Weights<A>& weights,
-             const A* weight, const A* out, const int64_t* subpixels) {
+void scatter(A* grad, const int64_t* taps, int64_t first, int64_t last,
+             const WeightTile<A>& weights, const A* weight, const A* out,
+             const int64_t* subpixels) {
   Vector<A> y[Q][P];
   CARAFE_UNROLL
   for (int64_t p = 0; p < P; ++p) {
@@ -550,7 +559,7 @@ void scatter(A* grad, const int64_t* taps, int64_t first, int64_t last, const We
 
 // grad[t][p] = the sum over all lanes of sums[t * P + p], from sums[First] on.
 template <int64_t P, int64_t First, int64_t Count, typename A>
-CARAFE_INLINE void store_sums(Vector<A> (&sums)[Count], const Weights<A>& weights, A* grad) {
+CARAFE_INLINE void store_sums(Vector<A> (&sums)[Count], const WeightTile<A>& weights, A* grad) {
   constexpr int64_t kAtOnce = Count - First < kLanes<A> ? Count - First : kLanes<A>;
   Vector<A> part[kAtOnce];
   CARAFE_UNROLL
@@ -566,7 +575,7 @@ CARAFE_INLINE void store_sums(Vector<A> (&sums)[Count], const Weights<A>& weight
 // grad[t][p] = sum over c of features[t][c] * out[p][c], for T taps and P subpixels.
 template <int64_t T, int64_t P, typename A>
 void correlate(const Ring<A>& features, const int64_t* taps, const OutputTile<A>& tile, int64_t w,
-               const int64_t* subpixels, int64_t column, const Weights<A>& weights, A* grad) {
+               const int64_t* subpixels, int64_t column, const WeightTile<A>& weights, A* grad) {
   Vector<A> sum[T * P] = {};
   for (int64_t block = 0; block < features.blocks.count; ++block) {
     const A* x = features.pixel(block, w);
@@ -592,9 +601,9 @@ void correlate(const Ring<A>& features, const int64_t* taps, const OutputTile<A>
 constexpr int64_t kLargeOutput = 8 << 20;  // bytes
 
 template <typename A>
-size_t forward(const Shape& shape, const Map& features, const Kernels& kernels, const Map& output,
+size_t forward(const Shape& shape, const Map& features, const Weights& weights, const Map& output,
                int64_t begin, int64_t end, char* scratch) {
-  // Source pixels whose output is stored together: long runs of memory, in few tiles of weights.
+  // Source pixels whose output is stored together: long runs of memory, in few tiles of weight_tile.
   constexpr int64_t kMostTiles = 6;
   const int64_t most = kMostTiles * kLanes<A>;
   const int64_t parts = (shape.width + most - 1) / most;
@@ -603,7 +612,7 @@ size_t forward(const Shape& shape, const Map& features, const Kernels& kernels, 
   Arena arena(scratch);
   const FeatureRing<A> rows(shape, arena);
   const OutputTile<A> tile(shape, step, 1, arena);
-  const Weights<A> weights(shape, kMostTiles, arena);
+  const WeightTile<A> weight_tiles(shape, kMostTiles, arena);
   int64_t* taps = arena.take<int64_t>(shape.taps());
   if (!scratch) return arena.used();
 
@@ -617,12 +626,12 @@ size_t forward(const Shape& shape, const Map& features, const Kernels& kernels, 
     for (int64_t w = 0; w < shape.width; w += step) {
       const int64_t count = minimum(step, shape.width - w);
       for (int64_t i = 0; i < count; i += kLanes<A>) {
-        weights.tile(i / kLanes<A>).load(kernels, row, w + i, minimum(kLanes<A>, count - i));
+        weight_tiles.tile(i / kLanes<A>).load(weights, row, w + i, minimum(kLanes<A>, count - i));
       }
       for (int64_t block = 0; block < rows.blocks.count; ++block) {
         with_size<kVectors>(rows.blocks.vectors_of(block), [&](auto vectors) {
           for (int64_t i = 0; i < count; ++i) {
-            const Weights<A> own = weights.tile(i / kLanes<A>);
+            const WeightTile<A> own = weight_tiles.tile(i / kLanes<A>);
             for_parts<kSubpixels>(shape.subpixels(), [&](auto subpixels, int64_t p) {
               reassemble<decltype(vectors)::value, decltype(subpixels)::value>(
                   rows.pixel(block, w + i), taps, own, own.at(0, p) + i % kLanes<A>,
@@ -645,7 +654,7 @@ size_t forward(const Shape& shape, const Map& features, const Kernels& kernels, 
 // those taps only that reach into their own.
 template <typename A>
 size_t backward(const Shape& shape, const Map& grad_output, const Map& features,
-                const Kernels& kernels, const Map* grad_features, const Kernels* grad_kernels,
+                const Weights& weights, const Map* grad_features, const Weights* grad_weights,
                 int64_t begin, int64_t end, char* scratch) {
   Arena arena(scratch);
   const FeatureRing<A> rows(shape, arena);
@@ -653,29 +662,29 @@ size_t backward(const Shape& shape, const Map& grad_output, const Map& features,
   const Blocks<A>& blocks = rows.blocks;
   // A vector of adjacent output pixels: more, of all channels, would not stay in the first cache.
   const OutputTile<A> tile(shape, maximum(1, kLanes<A> / shape.scale), blocks.count, arena);
-  const Weights<A> weights(shape, 1, arena), grad_weights(shape, 1, arena);
+  const WeightTile<A> weight_tile(shape, 1, arena), grad_weight_tile(shape, 1, arena);
   int64_t* taps = arena.take<int64_t>(shape.taps());
   if (!scratch) return arena.used();
 
   const int64_t radius = shape.radius();
-  const bool needs_weights = grad_features != nullptr || kernels.softmax;
+  const bool needs_weights = grad_features != nullptr || weights.softmax;
 
   const auto visit = [&](const Row& row, bool is_own, int64_t first_tap, int64_t last_tap) {
     rows.tap_offsets(row.h, taps);
     for (int64_t w = 0; w < shape.width; w += kLanes<A>) {
       const int64_t in_tile = minimum(kLanes<A>, shape.width - w);
-      if (needs_weights) weights.load(kernels, row, w, in_tile);
+      if (needs_weights) weight_tile.load(weights, row, w, in_tile);
       for (int64_t first = 0; first < in_tile; first += tile.step) {
         const int64_t count = minimum(tile.step, in_tile - first);
         for (int64_t block = 0; block < blocks.count; ++block) {
           tile.load_block(block, grad_output, row, w + first, count);
         }
-        for (int64_t i = 0; is_own && grad_kernels && i < count; ++i) {
+        for (int64_t i = 0; is_own && grad_weights && i < count; ++i) {
           for_parts<kSubpixels>(shape.subpixels(), [&](auto subpixels, int64_t p) {
             for_parts<kTaps>(shape.taps(), [&](auto size, int64_t t) {
               correlate<decltype(size)::value, decltype(subpixels)::value>(
-                  rows, taps + t, tile, w + first + i, tile.offsets + p, i, grad_weights,
-                  grad_weights.at(t, p) + first + i);
+                  rows, taps + t, tile, w + first + i, tile.offsets + p, i, grad_weight_tile,
+                  grad_weight_tile.at(t, p) + first + i);
             });
           });
         }
@@ -684,16 +693,16 @@ size_t backward(const Shape& shape, const Map& grad_output, const Map& features,
             for (int64_t i = 0; i < count; ++i) {
               for_parts<kSubpixels>(shape.subpixels(), [&](auto subpixels, int64_t p) {
                 scatter<decltype(vectors)::value, decltype(subpixels)::value>(
-                    grad_rows.pixel(block, w + first + i), taps, first_tap, last_tap, weights,
-                    weights.at(0, p) + first + i, tile.pixel(block, i), tile.offsets + p);
+                    grad_rows.pixel(block, w + first + i), taps, first_tap, last_tap, weight_tile,
+                    weight_tile.at(0, p) + first + i, tile.pixel(block, i), tile.offsets + p);
               });
             }
           });
         }
       }
-      if (is_own && grad_kernels) {
-        if (kernels.softmax) softmax_backward(weights, grad_weights);
-        grad_weights.store(*grad_kernels, row, w, in_tile);
+      if (is_own && grad_weights) {
+        if (weights.softmax) softmax_backward(weight_tile, grad_weight_tile);
+        grad_weight_tile.store(*grad_weights, row, w, in_tile);
       }
     }
   };
@@ -706,7 +715,7 @@ size_t backward(const Shape& shape, const Map& grad_output, const Map& features,
     Row row = start;
     for (row.h = start.h - reach; row.h < last + reach; ++row.h) {
       const bool is_own = row.h >= start.h && row.h < last;
-      if (is_own && grad_kernels) rows.advance(features, row, row.h == start.h);
+      if (is_own && grad_weights) rows.advance(features, row, row.h == start.h);
       if (row.h >= 0 && row.h < shape.height) {
         const int64_t first_u = maximum(0, start.h - (row.h - radius));
         const int64_t last_u = minimum(shape.kernel, last - (row.h - radius));
@@ -723,18 +732,18 @@ size_t backward(const Shape& shape, const Map& grad_output, const Map& features,
   return arena.used();
 }
 
-size_t forward_of_any_type(const Shape& shape, const Map& features, const Kernels& kernels,
+size_t forward_of_any_type(const Shape& shape, const Map& features, const Weights& weights,
                            const Map& output, int64_t begin, int64_t end, char* scratch) {
   const auto run = features.type == Type::kDouble ? forward<double> : forward<float>;
-  return run(shape, features, kernels, output, begin, end, scratch);
+  return run(shape, features, weights, output, begin, end, scratch);
 }
 
 size_t backward_of_any_type(const Shape& shape, const Map& grad_output, const Map& features,
-                            const Kernels& kernels, const Map* grad_features,
-                            const Kernels* grad_kernels, int64_t begin, int64_t end,
+                            const Weights& weights, const Map* grad_features,
+                            const Weights* grad_weights, int64_t begin, int64_t end,
                             char* scratch) {
   const auto run = features.type == Type::kDouble ? backward<double> : backward<float>;
-  return run(shape, grad_output, features, kernels, grad_features, grad_kernels, begin, end,
+  return run(shape, grad_output, features, weights, grad_features, grad_weights, begin, end,
              scratch);
 }
 

@@ -14,8 +14,8 @@
 
 #include "channels_last.cuh"
 #include "contiguous.cuh"
+#include "dispatch.h"
 #include "general.cuh"
-#include "types.h"
 
 namespace carafe_d2 {
 
@@ -24,39 +24,39 @@ template <typename Types>
 constexpr bool kSpecialized = sizeof(typename Types::Feature) < sizeof(double);
 
 template <typename Launcher>
-void forward(Launcher& launcher, const Shape& shape, const Map& features, const Kernels& kernels,
+void forward(Launcher& launcher, const Shape& shape, const Map& features, const Weights& weights,
              const Map& output) {
-  with_types(features, kernels, [&](auto types) {
+  with_types(features, weights, [&](auto types) {
     using Types = decltype(types);
     if constexpr (kSpecialized<Types>) {
       using T = typename Types::Feature;
       if (shape.channels_last
-              ? channels_last::forward<T>(launcher, shape, features, kernels, output)
-              : contiguous::forward<T>(launcher, shape, features, kernels, output)) {
+              ? channels_last::forward<T>(launcher, shape, features, weights, output)
+              : contiguous::forward<T>(launcher, shape, features, weights, output)) {
         return;
       }
     }
-    general::forward<Types>(launcher, shape, features, kernels, output);
+    general::forward<Types>(launcher, shape, features, weights, output);
   });
 }
 
 // Gradients that are not wanted are null.
 template <typename Launcher>
 void backward(Launcher& launcher, const Shape& shape, const Map& grad_output, const Map& features,
-              const Kernels& kernels, const Map* grad_features, const Kernels* grad_kernels) {
-  with_types(features, kernels, [&](auto types) {
+              const Weights& weights, const Map* grad_features, const Weights* grad_weights) {
+  with_types(features, weights, [&](auto types) {
     using Types = decltype(types);
     if constexpr (kSpecialized<Types>) {
       using T = typename Types::Feature;
       if (shape.channels_last ? channels_last::backward<T>(launcher, shape, grad_output, features,
-                                                           kernels, grad_features, grad_kernels)
+                                                           weights, grad_features, grad_weights)
                               : contiguous::backward<T>(launcher, shape, grad_output, features,
-                                                        kernels, grad_features, grad_kernels)) {
+                                                        weights, grad_features, grad_weights)) {
         return;
       }
     }
-    general::backward<Types>(launcher, shape, grad_output, features, kernels, grad_features,
-                             grad_kernels);
+    general::backward<Types>(launcher, shape, grad_output, features, weights, grad_features,
+                             grad_weights);
   });
 }
 

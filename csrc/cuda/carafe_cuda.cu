@@ -64,17 +64,17 @@ class Launcher {
   std::vector<torch::stable::Tensor> temporaries_;
 };
 
-void forward_on_device(const Shape& shape, const Map& features, const Kernels& kernels,
+void forward_on_device(const Shape& shape, const Map& features, const Weights& weights,
                        const Map& output) {
   Launcher launcher;
-  forward(launcher, shape, features, kernels, output);
+  forward(launcher, shape, features, weights, output);
 }
 
 void backward_on_device(const Shape& shape, const Map& grad_output, const Map& features,
-                        const Kernels& kernels, const Map* grad_features,
-                        const Kernels* grad_kernels) {
+                        const Weights& weights, const Map* grad_features,
+                        const Weights* grad_weights) {
   Launcher launcher;
-  backward(launcher, shape, grad_output, features, kernels, grad_features, grad_kernels);
+  backward(launcher, shape, grad_output, features, weights, grad_features, grad_weights);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 //
 // forward and backward_features walk along a row. They load each source column once and add it to
 // all sums that it is part of. The sums of k adjacent columns are kept in registers, and in every
-// step one column is complete and the others move up by one. In backward_kernels a lane has all
+// step one column is complete and the others move up by one. In backward_weights a lane has all
 // k * k * kSubpixels sums of a location instead, which are added up over the lanes at the end.
 //
 // A sum belongs to one thread, or to several that meet in a fixed order: no atomics.
@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "device.cuh"
+#include "dispatch.h"
 
 namespace carafe_d2::channels_last {
 
@@ -70,8 +71,8 @@ struct Tile {
   template <typename T>
   __device__ __forceinline__ T* pixel(const Tiling& tiling, const Map& map, int64_t y,
                                       int64_t x) const {
-    return static_cast<T*>(map.data) + n * map.batch + y * map.row + x * map.column +
-           (g * tiling.channels + channel);
+    return static_cast<T*>(map.data) + n * map.batch_stride + y * map.row_stride +
+           x * map.column_stride + (g * tiling.channels + channel);
   }
 };
 
@@ -82,10 +83,10 @@ struct Pass {
   int column, second;  // from the first one of the pass: its neighbor, the other pair
 
   __device__ __forceinline__ Pass(const Shape& shape, const Map& map, int pass)
-      : column(static_cast<int>(map.column)) {
+      : column(static_cast<int>(map.column_stride)) {
     const auto offset = [&](int p) {
       const Subpixel subpixel(shape, p);
-      return subpixel.row * static_cast<int>(map.row) + subpixel.column * column;
+      return subpixel.row * static_cast<int>(map.row_stride) + subpixel.column * column;
     };
     first = offset(pass * kSubpixels);
     second = offset(pass * kSubpixels + 2) - first;
@@ -153,7 +154,7 @@ struct Area {
 // Neighbors begin in different banks, since k * k is one more than a multiple of eight; and so do
 // rows, since kPitch is odd.
 template <int k, int kSteps>
-struct Weights {
+struct SharedWeights {
   static constexpr int kPitch = kSteps | 1;
 
   template <int kRows>
@@ -165,18 +166,18 @@ struct Weights {
   }
 
   // The block loads them, except for what is outside the map.
-  __device__ __forceinline__ static void load(const Shape& shape, const Kernels& kernels,
+  __device__ __forceinline__ static void load(const Shape& shape, const Weights& weights,
                                               const Tile& tile, const Area& area,
-                                              const SharedArray<float>& weights) {
+                                              const SharedArray<float>& shared) {
     for (int i = threadIdx.x; i < area.rows * kSteps * kSubpixels; i += blockDim.x) {
       const int p = i % kSubpixels, step = i / kSubpixels % kSteps, row = i / kSubpixels / kSteps;
       const int h = area.row + row, w = area.column + (area.pass + step) / area.passes;
       if (!is_below(h, static_cast<int>(shape.height)) || w < 0 || w >= area.end) continue;
       const int subpixel = (tile.pass + (area.pass + step) % area.passes) * kSubpixels + p;
       float values[k * k];
-      load_weights(kernels, kernel_offset(kernels, shape, tile.n, tile.g, h, w, subpixel), values);
+      load_weights(weights, weights_offset(weights, shape, tile.n, tile.g, h, w, subpixel), values);
 #pragma unroll
-      for (int t = 0; t < k * k; ++t) weights.set(index(row, step, t) + p, values[t]);
+      for (int t = 0; t < k * k; ++t) shared.set(index(row, step, t) + p, values[t]);
     }
   }
 };
@@ -196,20 +197,21 @@ struct Forward {
 // the tile, which nobody needs, can be skipped.
 template <int k, typename T>
 __global__ void __launch_bounds__(Forward<k>::kThreads, Forward<k>::kBlocks)
-    forward_kernel(Shape shape, Tiling tiling, Map features, Kernels kernels, Map output) {
-  using TileWeights = Weights<k, Forward<k>::kColumns>;
+    forward_kernel(Shape shape, Tiling tiling, Map features, Weights weights, Map output) {
+  using TileWeights = SharedWeights<k, Forward<k>::kColumns>;
   constexpr int r = k / 2;
-  SHARED_ARRAY(float, weights, TileWeights::template kSize<kRowTeams>);
+  SHARED_ARRAY(float, shared, TileWeights::template kSize<kRowTeams>);
   const Tile tile(shape, tiling, tiling.passes);
   const Area area = {tile.row, kRowTeams, tile.column, tile.column + tile.columns, 0, 1};
-  TileWeights::load(shape, kernels, tile, area, weights);
+  TileWeights::load(shape, weights, tile, area, shared);
   __syncthreads();
 
   const int height = static_cast<int>(shape.height), width = static_cast<int>(shape.width);
   const int h = tile.row + tile.row_team;
   if (h >= height || tile.channel >= tiling.channels) return;
-  const int row = static_cast<int>(features.row), column = static_cast<int>(features.column);
-  const int target_column = static_cast<int>(shape.scale * output.column);
+  const int row = static_cast<int>(features.row_stride);
+  const int column = static_cast<int>(features.column_stride);
+  const int target_column = static_cast<int>(shape.scale * output.column_stride);
   const Pass pass(shape, output, tile.pass);
   const T* source = tile.pixel<const T>(tiling, features, h - r, tile.column);
   T* target =
@@ -239,7 +241,7 @@ __global__ void __launch_bounds__(Forward<k>::kThreads, Forward<k>::kBlocks)
       }
 #pragma unroll
       for (int u = 0; u < k; ++u) {
-        const auto weight = weights.get<kSubpixels>(first + TileWeights::index(0, j, u * k + v));
+        const auto weight = shared.get<kSubpixels>(first + TileWeights::index(0, j, u * k + v));
 #pragma unroll
         for (int p = 0; p < kSubpixels; ++p) {
 #pragma unroll
@@ -268,7 +270,7 @@ struct BackwardFeatures {
   static constexpr int kColumns = 16;           // of a tile, at most
   static constexpr int kRows = k == 7 ? 2 : 4;  // of a team
   static constexpr int kSteps = 3;              // whose weights are in shared memory at a time
-  using StepWeights = Weights<k, kSteps>;
+  using StepWeights = SharedWeights<k, kSteps>;
 };
 
 // Adds a pass of source column x to the sums of the locations that it reaches, those in columns
@@ -276,7 +278,7 @@ struct BackwardFeatures {
 template <int k, typename T>
 __device__ __forceinline__ void scatter_column(
     const T* source, int source_row, int tile_row, const Pass& pass, int row, int height, int x,
-    int columns, const SharedArray<float>& weights, int first,
+    int columns, const SharedArray<float>& shared, int first,
     float (&sums)[BackwardFeatures<k>::kRows][k][kVector]) {
   using Sizes = BackwardFeatures<k>;
   constexpr int r = k / 2, kSources = Sizes::kRows + k - 1;
@@ -303,7 +305,7 @@ __device__ __forceinline__ void scatter_column(
         const int u = a - i + k - 1;
         if (u < 0 || u >= k) continue;
         const auto weight =
-            weights.get<kSubpixels>(first + Sizes::StepWeights::index(i, 0, u * k + v));
+            shared.get<kSubpixels>(first + Sizes::StepWeights::index(i, 0, u * k + v));
 #pragma unroll
         for (int p = 0; p < kSubpixels; ++p) {
 #pragma unroll
@@ -319,18 +321,18 @@ __device__ __forceinline__ void scatter_column(
 // A team has kRows rows, so that it uses a gradient for up to kRows * k sums.
 template <int k, typename T>
 __global__ void __launch_bounds__(BackwardFeatures<k>::kThreads, BackwardFeatures<k>::kBlocks)
-    backward_features_kernel(Shape shape, Tiling tiling, Map grad_output, Kernels kernels,
+    backward_features_kernel(Shape shape, Tiling tiling, Map grad_output, Weights weights,
                              Map grad_features) {
   using Sizes = BackwardFeatures<k>;
   using StepWeights = typename Sizes::StepWeights;
   constexpr int r = k / 2, kRows = Sizes::kRows;
-  SHARED_ARRAY(float, weights, StepWeights::template kSize<kRowTeams * kRows + 2 * r>);
+  SHARED_ARRAY(float, shared, StepWeights::template kSize<kRowTeams * kRows + 2 * r>);
   const Tile tile(shape, tiling, 1);
   const int height = static_cast<int>(shape.height), width = static_cast<int>(shape.width);
   const int row = tile.row + tile.row_team * kRows;
   const int end = min(tile.column + tile.columns + r, width);  // of the source columns
   const bool is_active = row < height && tile.channel < tiling.channels;
-  const int source_row = static_cast<int>(shape.scale * grad_output.row);
+  const int source_row = static_cast<int>(shape.scale * grad_output.row_stride);
   const T* source = tile.pixel<const T>(tiling, grad_output, tile.row * shape.scale,
                                         (tile.column - r) * shape.scale);
 
@@ -343,13 +345,13 @@ __global__ void __launch_bounds__(BackwardFeatures<k>::kThreads, BackwardFeature
         __syncthreads();
         const Area area = {tile.row - r, tiling.rows + 2 * r, tile.column + x, end,
                            pass,         tiling.passes};
-        StepWeights::load(shape, kernels, tile, area, weights);
+        StepWeights::load(shape, weights, tile, area, shared);
         __syncthreads();
       }
       if (is_active && is_below(tile.column + x, end)) {
         const Pass offsets(shape, grad_output, pass);
         scatter_column<k>(source + offsets.first, source_row, tile.row, offsets, row, height, x,
-                          tile.columns, weights, StepWeights::index(tile.row_team * kRows, slot, 0),
+                          tile.columns, shared, StepWeights::index(tile.row_team * kRows, slot, 0),
                           sums);
       }
     }
@@ -364,14 +366,14 @@ __global__ void __launch_bounds__(BackwardFeatures<k>::kThreads, BackwardFeature
         for (int q = 0; q < kVector; ++q) sums[a][v][q] = v + 1 < k ? sums[a][v + 1][q] : 0;
       }
     }
-    source += shape.scale * grad_output.column;
+    source += shape.scale * grad_output.column_stride;
   }
 }
 
-// ---------------------------------------------------------------------------- gradient of kernels
+// ---------------------------------------------------------------------------- gradient of weights
 
 template <int k>
-struct BackwardKernels {
+struct BackwardWeights {
   static constexpr int kThreads = 128;
   static constexpr int kBlocks = k == 3 ? 4 : 2;
   static constexpr int kWarps = kThreads / kWarpSize;
@@ -438,10 +440,10 @@ __device__ __forceinline__ float sum_of_team(const float (&sums)[kSubpixels], in
 // A team has one location, a warp adjacent columns. `splits` warps share the channels of their
 // locations, if there are too few of these to keep the device busy.
 template <int k, typename T>
-__global__ void __launch_bounds__(BackwardKernels<k>::kThreads, BackwardKernels<k>::kBlocks)
-    backward_kernels_kernel(Shape shape, Tiling tiling, int splits, Map grad_output, Map features,
-                            Kernels kernels, Kernels grad_kernels) {
-  using Sizes = BackwardKernels<k>;
+__global__ void __launch_bounds__(BackwardWeights<k>::kThreads, BackwardWeights<k>::kBlocks)
+    backward_weights_kernel(Shape shape, Tiling tiling, int splits, Map grad_output, Map features,
+                            Weights weights, Weights grad_weights) {
+  using Sizes = BackwardWeights<k>;
   constexpr int r = k / 2, kRows = Sizes::kRows, kPairs = Sizes::kThreads / 2;  // of lanes
   SHARED_ARRAY(float, tap_sums, k * k * kPairs);
   const Tile tile(shape, tiling, tiling.passes);
@@ -456,14 +458,15 @@ __global__ void __launch_bounds__(BackwardKernels<k>::kThreads, BackwardKernels<
 #pragma unroll
   for (int v = 0; v < k; ++v) {
     columns[v] = (nearest_below(w + v - r, width) - left) *
-                 static_cast<unsigned>(features.column * sizeof(T));
+                 static_cast<unsigned>(features.column_stride * sizeof(T));
   }
 
   for (int first = 0; first < k; first += kRows) {  // row of taps
     int rows[kRows];
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
-      rows[u] = (nearest_below(h + first + u - r, height) - h) * static_cast<int>(features.row);
+      rows[u] =
+          (nearest_below(h + first + u - r, height) - h) * static_cast<int>(features.row_stride);
     }
     const int c = split * Sizes::kChannels;
     const Pass pass(shape, grad_output, tile.pass);
@@ -497,8 +500,9 @@ __global__ void __launch_bounds__(BackwardKernels<k>::kThreads, BackwardKernels<
     if (!is_inside) gradients[t] = 0;
   }
   const int p = tile.pass * kSubpixels + tile.lane / 2;
-  store_weight_gradients(gradients, kernels, kernel_offset(kernels, shape, tile.n, tile.g, h, w, p),
-                         grad_kernels, kernel_offset(grad_kernels, shape, tile.n, tile.g, h, w, p));
+  store_weight_gradients(gradients, weights,
+                         weights_offset(weights, shape, tile.n, tile.g, h, w, p), grad_weights,
+                         weights_offset(grad_weights, shape, tile.n, tile.g, h, w, p));
 }
 
 // --------------------------------------------------------------------------------------- launches
@@ -508,10 +512,10 @@ __global__ void __launch_bounds__(BackwardKernels<k>::kThreads, BackwardKernels<
 template <typename T>
 bool is_suited(const Shape& shape, const Map& map) {
   constexpr int64_t kReach = 32;  // in locations; more than a tile and its margin have
-  return map.channel == 1 && map.batch % kVector == 0 && map.row % kVector == 0 &&
-         map.column % kVector == 0 &&
+  return map.channel_stride == 1 && map.batch_stride % kVector == 0 &&
+         map.row_stride % kVector == 0 && map.column_stride % kVector == 0 &&
          reinterpret_cast<uintptr_t>(map.data) % sizeof(Vector<T, kVector>) == 0 &&
-         (map.row + map.column) * shape.scale * kReach <= INT32_MAX;
+         (map.row_stride + map.column_stride) * shape.scale * kReach <= INT32_MAX;
 }
 
 template <typename T>
@@ -521,17 +525,6 @@ bool is_suited(const Shape& shape, const Map& small, const Map& large) {
          shape.width <= INT32_MAX / 2 && shape.group_channels() >= kFewestChannels &&
          shape.group_channels() % kVector == 0 && is_suited<T>(shape, small) &&
          is_suited<T>(shape, large);
-}
-
-// Calls body(k) with the kernel size as a constant; false for sizes that there are no kernels for.
-template <typename Body>
-bool with_kernel_size(const Shape& shape, const Body& body) {
-  switch (shape.kernel) {
-    case 3: body(std::integral_constant<int, 3>()); return true;
-    case 5: body(std::integral_constant<int, 5>()); return true;
-    case 7: body(std::integral_constant<int, 7>()); return true;
-    default: return false;
-  }
 }
 
 inline int64_t tiles(const Shape& shape, const Tiling& tiling) {
@@ -577,17 +570,10 @@ inline Tiling walking_tiling(const Shape& shape, int most_threads, int team_rows
   return best;
 }
 
-template <typename Launcher, typename... Parameters, typename... Arguments>
-void launch(Launcher& launcher, void (*kernel)(Parameters...), int64_t blocks, int threads,
-            const Arguments&... arguments) {
-  if (blocks == 0) return;
-  launcher.launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, arguments...);
-}
-
 // forward and backward return false, and launch nothing, for what they leave to general.cuh.
 
 template <typename T, typename Launcher>
-bool forward(Launcher& launcher, const Shape& shape, const Map& features, const Kernels& kernels,
+bool forward(Launcher& launcher, const Shape& shape, const Map& features, const Weights& weights,
              const Map& output) {
   return is_suited<T>(shape, features, output) && with_kernel_size(shape, [&](auto size) {
            constexpr int k = decltype(size)::value;
@@ -596,25 +582,25 @@ bool forward(Launcher& launcher, const Shape& shape, const Map& features, const 
                walking_tiling(shape, Forward<k>::kThreads, 1, Forward<k>::kColumns, passes,
                               launcher.multiprocessors());
            launch(launcher, forward_kernel<k, T>, tiles(shape, tiling) * passes, tiling.threads(),
-                  shape, tiling, features, kernels, output);
+                  shape, tiling, features, weights, output);
          });
 }
 
 template <int k, typename T, typename Launcher>
 void launch_backward_features(Launcher& launcher, const Shape& shape, const Map& grad_output,
-                              const Kernels& kernels, const Map& grad_features) {
+                              const Weights& weights, const Map& grad_features) {
   using Sizes = BackwardFeatures<k>;
   const Tiling tiling = walking_tiling(shape, Sizes::kThreads, Sizes::kRows, Sizes::kColumns, 1,
                                        launcher.multiprocessors());
   launch(launcher, backward_features_kernel<k, T>, tiles(shape, tiling), tiling.threads(), shape,
-         tiling, grad_output, kernels, grad_features);
+         tiling, grad_output, weights, grad_features);
 }
 
 template <int k, typename T, typename Launcher>
-void launch_backward_kernels(Launcher& launcher, const Shape& shape, const Map& grad_output,
-                             const Map& features, const Kernels& kernels,
-                             const Kernels& grad_kernels) {
-  using Sizes = BackwardKernels<k>;
+void launch_backward_weights(Launcher& launcher, const Shape& shape, const Map& grad_output,
+                             const Map& features, const Weights& weights,
+                             const Weights& grad_weights) {
+  using Sizes = BackwardWeights<k>;
   Tiling tiling{};
   tiling.channels = static_cast<int>(shape.group_channels());
   tiling.passes = static_cast<int>(shape.subpixels() / kSubpixels);
@@ -637,23 +623,23 @@ void launch_backward_kernels(Launcher& launcher, const Shape& shape, const Map& 
       best = tiling;
     }
   }
-  launch(launcher, backward_kernels_kernel<k, T>, tiles(shape, best) * best.passes, Sizes::kThreads,
-         shape, best, Sizes::kWarps / best.rows, grad_output, features, kernels, grad_kernels);
+  launch(launcher, backward_weights_kernel<k, T>, tiles(shape, best) * best.passes, Sizes::kThreads,
+         shape, best, Sizes::kWarps / best.rows, grad_output, features, weights, grad_weights);
 }
 
 // Gradients that are not wanted are null.
 template <typename T, typename Launcher>
 bool backward(Launcher& launcher, const Shape& shape, const Map& grad_output, const Map& features,
-              const Kernels& kernels, const Map* grad_features, const Kernels* grad_kernels) {
+              const Weights& weights, const Map* grad_features, const Weights* grad_weights) {
   if (grad_features && !is_suited<T>(shape, *grad_features, grad_output)) return false;
-  if (grad_kernels && !is_suited<T>(shape, features, grad_output)) return false;
+  if (grad_weights && !is_suited<T>(shape, features, grad_output)) return false;
   return with_kernel_size(shape, [&](auto size) {
     constexpr int k = decltype(size)::value;
     if (grad_features) {
-      launch_backward_features<k, T>(launcher, shape, grad_output, kernels, *grad_features);
+      launch_backward_features<k, T>(launcher, shape, grad_output, weights, *grad_features);
     }
-    if (grad_kernels) {
-      launch_backward_kernels<k, T>(launcher, shape, grad_output, features, kernels, *grad_kernels);
+    if (grad_weights) {
+      launch_backward_weights<k, T>(launcher, shape, grad_output, features, weights, *grad_weights);
     }
   });
 }

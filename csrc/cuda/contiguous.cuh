@@ -1,10 +1,10 @@
 // CUDA kernels for contiguous maps, kernel sizes 3, 5, 7 and even scales.
 //
 // Lanes are source locations. Neighboring lanes have neighboring columns, so whatever they read
-// or write coalesces, and every lane works on kernels of its own. A thread handles P of the s * s
+// or write coalesces, and every lane has weights of its own. A thread handles P of the s * s
 // subpixels of its location at a time, in passes.
 //
-// forward and the gradient of the kernels: a warp has a tile of 8 x 4 locations. It walks over
+// forward and the gradient of the weights: a warp has a tile of 8 x 4 locations. It walks over
 // channels and stages the tile's features, with a margin, in shared memory. A lane keeps its
 // P * k * k weights, or their gradients, in registers, so that a feature read once serves P
 // multiplications. The warps of a block take different channels of one tile and share the weights.
@@ -21,6 +21,7 @@
 #include <type_traits>
 
 #include "device.cuh"
+#include "dispatch.h"
 
 namespace carafe_d2::contiguous {
 
@@ -74,7 +75,7 @@ struct Pairs {
 #pragma unroll
     for (int i = 0; i < P / 2; ++i) {
       const Subpixel subpixel(shape, pass * P + 2 * i);
-      offsets[i] = subpixel.row * static_cast<int>(map.row) + subpixel.column;
+      offsets[i] = subpixel.row * static_cast<int>(map.row_stride) + subpixel.column;
     }
   }
 };
@@ -126,16 +127,16 @@ class Window {
 
   __device__ __forceinline__ Window(const Shape& shape, const Map& features, const Tile& tile,
                                     int64_t first_channel, int lane)
-      : channel_(features.channel),
-        next_(static_cast<const T*>(features.data) + tile.n * features.batch +
-              (tile.g * shape.group_channels() + first_channel) * features.channel) {
+      : channel_(features.channel_stride),
+        next_(static_cast<const T*>(features.data) + tile.n * features.batch_stride +
+              (tile.g * shape.group_channels() + first_channel) * features.channel_stride) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int position = lane + i * kWarpSize;
       const int h = tile.h + position / kWidth - k / 2, w = tile.w + position % kWidth - k / 2;
       const bool inside =
           position < kWidth * kHeight && h >= 0 && h < shape.height && w >= 0 && w < shape.width;
-      offsets_[i] = inside ? h * static_cast<int>(features.row) + w : -1;
+      offsets_[i] = inside ? h * static_cast<int>(features.row_stride) + w : -1;
     }
   }
 
@@ -221,14 +222,25 @@ struct Range {
 template <typename T>
 __device__ __forceinline__ T* first_output(const Shape& shape, const Map& map, const Tile& tile,
                                            int64_t channel, int lane) {
-  return static_cast<T*>(map.data) + tile.n * map.batch +
-         (tile.g * shape.group_channels() + channel) * map.channel +
-         tile.row(lane) * shape.scale * map.row + tile.column(lane) * shape.scale;
+  return static_cast<T*>(map.data) + tile.n * map.batch_stride +
+         (tile.g * shape.group_channels() + channel) * map.channel_stride +
+         tile.row(lane) * shape.scale * map.row_stride + tile.column(lane) * shape.scale;
+}
+
+// Puts the weights of an output pixel where kWeights wants them, from `index` on; zeros where the
+// pixel does not exist.
+template <int k>
+__device__ __forceinline__ void stage_weights(const Weights& weights, int64_t offset, bool exists,
+                                              const SharedArray<float>& shared, int index) {
+  float values[k * k] = {};
+  if (exists) load_weights(weights, offset, values);
+#pragma unroll
+  for (int t = 0; t < k * k; ++t) shared.set(index + t * kWarpSize * kSubpixels<k>, values[t]);
 }
 
 template <int k, typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    forward_kernel(Shape shape, Map features, Kernels kernels, Map output, int splits) {
+    forward_kernel(Shape shape, Map features, Weights weights, Map output, int splits) {
   constexpr int P = kSubpixels<k>, kTaps = k * k;
   SHARED_ARRAY(float, shared, kWeights<k> + (kWindows<k, T>));
   const Tile tile(shape, blockIdx.x, static_cast<int>(shape.subpixels() / P), splits);
@@ -236,20 +248,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
   if (thread < kWarpSize * P) {
     const int location = thread / P, p = tile.pass * P + thread % P;
-    float weights[kTaps] = {};
-    if (tile.has(shape, location)) {
-      const int64_t offset = kernel_offset(kernels, shape, tile.n, tile.g, tile.row(location),
-                                           tile.column(location), p);
-      load_weights(kernels, offset, weights);
-    }
-#pragma unroll
-    for (int t = 0; t < kTaps; ++t) shared.set(t * kWarpSize * P + thread, weights[t]);
+    const int64_t offset = weights_offset(weights, shape, tile.n, tile.g, tile.row(location),
+                                          tile.column(location), p);
+    stage_weights<k>(weights, offset, tile.has(shape, location), shared, thread);
   }
   __syncthreads();
-  Vector<float, P> weights[kTaps];
+  Vector<float, P> taps[kTaps];
 #pragma unroll
   for (int t = 0; t < kTaps; ++t) {
-    weights[t] = shared.template get<P>((t * kWarpSize + lane) * P);
+    taps[t] = shared.template get<P>((t * kWarpSize + lane) * P);
   }
 
   const Range channels(shape, tile.split * kWarps + warp, splits * kWarps);
@@ -268,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 #pragma unroll
           for (int c = 0; c < kStage<k>; ++c) {
 #pragma unroll
-            for (int p = 0; p < P; ++p) sums[c][p] += weights[t].values[p] * features.values[c];
+            for (int p = 0; p < P; ++p) sums[c][p] += taps[t].values[p] * features.values[c];
           }
         }
 #pragma unroll
@@ -278,16 +285,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
             if (!inside || c >= count) continue;
             store_pair(sums[c][2 * i], sums[c][2 * i + 1], target + pairs.offsets[i]);
           }
-          target += output.channel;
+          target += output.channel_stride;
         }
       });
 }
 
-// The gradient of the kernels of a tile.
+// The gradient of the weights of a tile.
 template <int k, typename T>
 __device__ __forceinline__ void backward_tile(const Shape& shape, const Map& grad_output,
-                                              const Map& features, const Kernels& kernels,
-                                              const Kernels& grad_kernels, const Tile& tile,
+                                              const Map& features, const Weights& weights,
+                                              const Weights& grad_weights, const Tile& tile,
                                               bool aligned, const SharedArray<float>& shared) {
   constexpr int P = kSubpixels<k>, kTaps = k * k;
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
@@ -311,7 +318,7 @@ __device__ __forceinline__ void backward_tile(const Shape& shape, const Map& gra
               gradients[c][i] = load_pair(source + pairs.offsets[i], aligned);
             }
           }
-          source += grad_output.channel;
+          source += grad_output.channel_stride;
         }
       },
       [&](int, int corner) {
@@ -353,11 +360,56 @@ __device__ __forceinline__ void backward_tile(const Shape& shape, const Map& gra
   for (int t = 0; t < kTaps; ++t) totals[t] = shared.get(t * kWarpSize * P + thread);
   const int row = tile.row(location), column = tile.column(location);
   store_weight_gradients(
-      totals, kernels, kernel_offset(kernels, shape, tile.n, tile.g, row, column, p), grad_kernels,
-      kernel_offset(grad_kernels, shape, tile.n, tile.g, row, column, p));
+      totals, weights, weights_offset(weights, shape, tile.n, tile.g, row, column, p), grad_weights,
+      weights_offset(grad_weights, shape, tile.n, tile.g, row, column, p));
 }
 
 // --------------------------------------------------------------------------- strips of columns
+//
+// The gradient of the features. A strip has a column of source locations for each lane. A warp
+// walks down the rows of the source that reach into a band, and stores the gradients of the band:
+//
+//     lane    0   1                                  30  31
+//           +-------+-------------------------------+-------+
+//           |         r rows of the source above it         |    here k = 5, r = k / 2 = 2
+//           +-------+-------------------------------+-------+  begin
+//           |       |                               |       |
+//           |   r   |     gradients that this       |   r   |
+//           | lanes |     strip completes, and      | lanes |  `rows` of the band
+//           |       |     stores                    |       |
+//           |       |                               |       |
+//           +-------+-------------------------------+-------+  begin + rows
+//           |         r rows of the source below it         |
+//           +-------+-------------------------------+-------+
+//
+// The outer lanes are the margin: strips beside each other overlap by 2 * r lanes, so each gradient
+// is complete in one of them. There is no margin where the map ends, and no row beyond it.
+//
+// Lanes scatter. With row y of the source, the lane of column w adds the weight of each tap (u, v)
+// times the gradient of the output to sums[u][v], which is for row y - r + u and column w - r + v:
+//
+//                           w - r       w       w + r
+//                         +-----+-----+-----+-----+-----+
+//     y - r     sums[0]   |     |     |     |     |     |  complete now: finish_row
+//                         +-----+-----+-----+-----+-----+
+//               sums[1]   |     |     |     |     |     |  these become sums[u - 1]
+//                         +-----+-----+-----+-----+-----+  with the next row
+//     y         sums[2]   |     |     |(y,w)|     |     |
+//                         +-----+-----+-----+-----+-----+
+//               sums[3]   |     |     |     |     |     |
+//                         +-----+-----+-----+-----+-----+
+//     y + r     sums[4]   |     |     |     |     |     |  which then begins with 0
+//                         +-----+-----+-----+-----+-----+
+//
+// What belongs in column w is then in sums[0][r - d] of the lanes of columns w + d, for d from -r
+// to r: finish_row adds it up, with shuffles. Before, no lane needs another's sums.
+//
+// The warps of a block have different channels of the same strip and band, and share the weights.
+// For each row and each pass of P subpixels:
+//
+//     load_pass      each lane: the gradients of the output pixels of its location, to registers
+//     stage_weights  the first 32 * P threads: the weights of one output pixel, to shared memory
+//     scatter_pass   each lane: k * k * P products for each of its channels
 
 // Channels of a lane: as many as their sums, k * (k - 1) for each, leave registers for.
 template <int k>
@@ -366,8 +418,7 @@ constexpr int kStripChannels = k == 3   ? 8
                                         : 2;
 
 // How the gradient of the features is divided. A strip is as wide as a warp, or half of one where
-// the map is narrow, and consists of source locations; its outermost k / 2 columns of gradients are
-// incomplete unless they lie at the border of the map. A band is some rows of gradients.
+// the map is narrow: a warp then has strips of two planes.
 struct Strips {
   int lanes;   // of a strip
   int across;  // strips beside each other
@@ -421,125 +472,165 @@ struct Column {
   }
 };
 
-// The gradient of the features of a band of a strip; `block` counts those.
+// What a warp works on; `block` counts bands of strips, and blocks of their channels.
+template <int k>
+struct Band {
+  int64_t first_plane, first_channel;
+  int strip;               // its index in its row of strips
+  int begin, rows;         // of gradients
+  int first_row, end_row;  // of the source; like those of gradients, they count from `begin`
+
+  __device__ __forceinline__ Band(const Shape& shape, const Strips& strips, unsigned block,
+                                  int warp) {
+    const int height = static_cast<int>(shape.height);
+    first_channel = (int64_t(block % strips.channel_blocks) * kWarps + warp) * kStripChannels<k>;
+    block /= strips.channel_blocks;
+    strip = static_cast<int>(block % strips.across);
+    block /= strips.across;
+    begin = static_cast<int>(block % strips.bands) * strips.rows;
+    rows = min(strips.rows, height - begin);
+    first_row = -min(begin, k / 2);
+    end_row = min(rows + k / 2, height - begin);
+    first_plane = int64_t(block / strips.bands) * strips.planes_of_a_warp();
+  }
+
+  __device__ __forceinline__ bool has(int row) const {
+    return static_cast<unsigned>(row) < static_cast<unsigned>(rows);
+  }
+};
+
+// Gradients of the subpixels of a pass, as pairs.
+template <int k>
+using PassGradients = Vector<float, 2>[kStripChannels<k>][kSubpixels<k> / 2];
+
+template <int k>
+using StripSums = float[kStripChannels<k>][k][k];
+
+// `source` is the lane's first output pixel of the row; `channels` of it exist.
+template <int k, typename T>
+__device__ __forceinline__ void load_pass(const Shape& shape, const Map& grad_output,
+                                          const T* source, int pass, int channels, bool aligned,
+                                          PassGradients<k>& gradients) {
+  const Pairs<kSubpixels<k>> pairs(shape, grad_output, pass);
+#pragma unroll
+  for (int c = 0; c < kStripChannels<k>; ++c) {
+#pragma unroll
+    for (int i = 0; i < kSubpixels<k> / 2; ++i) {
+      gradients[c][i] = {};
+      if (c < channels) gradients[c][i] = load_pair(source + pairs.offsets[i], aligned);
+    }
+    source += grad_output.channel_stride;
+  }
+}
+
+// Adds a pass of a row of the source, whose uppermost gradients are those of `row`. The lane's
+// weights are at `first`. With the first pass the sums move up.
+template <int k, bool kFirst>
+__device__ __forceinline__ void scatter_pass(const Band<k>& band, int row,
+                                             const SharedArray<float>& shared, int first,
+                                             const PassGradients<k>& gradients,
+                                             StripSums<k>& sums) {
+  constexpr int P = kSubpixels<k>;
+#pragma unroll
+  for (int u = 0; u < k; ++u) {
+    if (!band.has(row + u)) continue;
+#pragma unroll
+    for (int v = 0; v < k; ++v) {
+      const auto tap = shared.template get<P>(first + (u * k + v) * kWarpSize * P);
+#pragma unroll
+      for (int c = 0; c < kStripChannels<k>; ++c) {
+        float sum = u + kFirst < k ? sums[c][u + kFirst][v] : 0;
+#pragma unroll
+        for (int p = 0; p < P; ++p) sum += tap.values[p] * gradients[c][p / 2].values[p % 2];
+        sums[c][u][v] = sum;
+      }
+    }
+  }
+}
+
+// Adds up what the lanes have for a row, the sums in place u, and stores those of `channels`.
+template <int k, typename T>
+__device__ __forceinline__ void finish_row(const StripSums<k>& sums, int u, int lanes, T* target,
+                                           int64_t channel_stride, int channels) {
+  constexpr int r = k / 2;
+#pragma unroll
+  for (int c = 0; c < kStripChannels<k>; ++c) {
+    float total = sums[c][u][r];
+#pragma unroll
+    for (int d = 1; d <= r; ++d) {
+      add_from_above(total, sums[c][u][r - d], d, lanes);
+      add_from_below(total, sums[c][u][r + d], d, lanes);
+    }
+    if (c < channels) from_float(total, *target);
+    target += channel_stride;
+  }
+}
+
 template <int k, typename T>
 __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& grad_output,
-                                               const Kernels& kernels, const Map& grad_features,
+                                               const Weights& weights, const Map& grad_features,
                                                const Strips& strips, unsigned block, bool aligned,
                                                const SharedArray<float>& shared) {
-  constexpr int P = kSubpixels<k>, kTaps = k * k, kRadius = k / 2, kChannels = kStripChannels<k>;
+  constexpr int P = kSubpixels<k>, r = k / 2;
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
-  const int64_t first_channel =
-      (int64_t(block % strips.channel_blocks) * kWarps + warp) * kChannels;
-  block /= strips.channel_blocks;
-  const int index = static_cast<int>(block % strips.across);
-  block /= strips.across;
-  const int begin = static_cast<int>(block % strips.bands) * strips.rows;
-  const int rows = min(strips.rows, static_cast<int>(shape.height) - begin);
-  // Of the source. Those of gradients count from the beginning of the band, too.
-  const int first_row = -min(begin, kRadius);
-  const int end_row = min(rows + kRadius, static_cast<int>(shape.height) - begin);
-  const int64_t plane = int64_t(block / strips.bands) * strips.planes_of_a_warp();
-  const Column column(shape, strips, plane, index, lane);        // whose gradients a thread sums
-  const Column staged(shape, strips, plane, index, thread / P);  // whose weights it provides
-  int64_t staged_offset = kernel_offset(kernels, shape, staged.n, staged.g, begin + first_row,
-                                        staged.w, thread % P);  // in the first pass
-  const int channels =
-      static_cast<int>(min(shape.group_channels() - first_channel, int64_t(kChannels)));
+  const Band<k> band(shape, strips, block, warp);
+  const Column column(shape, strips, band.first_plane, band.strip, lane);  // whose sums it has
+  // Whose weights it provides, and where those of the first pass are
+  const Column staged(shape, strips, band.first_plane, band.strip, thread / P);
+  int64_t staged_offset = weights_offset(weights, shape, staged.n, staged.g,
+                                         band.begin + band.first_row, staged.w, thread % P);
+  const int channels = static_cast<int>(
+      min(shape.group_channels() - band.first_channel, int64_t(kStripChannels<k>)));
   const int loaded = column.exists ? channels : 0, stored = column.complete ? channels : 0;
 
-  const int64_t group_channel = column.g * shape.group_channels() + first_channel;
-  const T* source = static_cast<const T*>(grad_output.data) + column.n * grad_output.batch +
-                    group_channel * grad_output.channel +
-                    (begin + first_row) * shape.scale * grad_output.row + column.w * shape.scale;
-  T* target = static_cast<T*>(grad_features.data) + column.n * grad_features.batch +
-              group_channel * grad_features.channel +
-              (begin + first_row - kRadius) * grad_features.row + column.w;
+  const int64_t channel = column.g * shape.group_channels() + band.first_channel;
+  const int first_row = band.begin + band.first_row;
+  const T* source = static_cast<const T*>(grad_output.data) + column.n * grad_output.batch_stride +
+                    channel * grad_output.channel_stride +
+                    first_row * shape.scale * grad_output.row_stride + column.w * shape.scale;
+  T* target = static_cast<T*>(grad_features.data) + column.n * grad_features.batch_stride +
+              channel * grad_features.channel_stride + (first_row - r) * grad_features.row_stride +
+              column.w;
+
   const int passes = static_cast<int>(shape.subpixels() / P);
-  int buffer = 0;
-  // For the k rows of locations around a row of the source, which completes the first one. With the
-  // first pass of the next row, they move up.
-  float sums[kChannels][k][k] = {};
-  const auto is_of_the_band = [&](int row) {
-    return static_cast<unsigned>(row) < static_cast<unsigned>(rows);
-  };
-  // Adds up what the lanes have for a row, the sums in place u, and stores it.
-  const auto finish = [&](int row, int u, T* next) {
-    if (!is_of_the_band(row)) return;
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      float total = sums[c][u][kRadius];
-#pragma unroll
-      for (int d = 1; d <= kRadius; ++d) {
-        add_from_above(total, sums[c][u][kRadius - d], d, strips.lanes);
-        add_from_below(total, sums[c][u][kRadius + d], d, strips.lanes);
-      }
-      if (c < stored) from_float(total, *next);
-      next += grad_features.channel;
-    }
-  };
-  for (int row = first_row - kRadius; row < end_row - kRadius; ++row) {  // the first one
+  int buffer = 0;  // of the weights: two in turns, so one barrier is enough
+  StripSums<k> sums = {};
+  for (int row = band.first_row - r; row < band.end_row - r; ++row) {  // of the uppermost sums
     const auto add = [&](int pass, auto is_first) {
-      Vector<float, 2> gradients[kChannels][P / 2];
+      constexpr bool kFirst = decltype(is_first)::value;
+      PassGradients<k> gradients;
       const auto load = [&] {
-        const Pairs<P> pairs(shape, grad_output, pass);
-        const T* next = source;
-#pragma unroll
-        for (int c = 0; c < kChannels; ++c) {
-#pragma unroll
-          for (int i = 0; i < P / 2; ++i) {
-            gradients[c][i] = {};
-            if (c < loaded) gradients[c][i] = load_pair(next + pairs.offsets[i], aligned);
-          }
-          next += grad_output.channel;
-        }
+        load_pass<k>(shape, grad_output, source, pass, loaded, aligned, gradients);
       };
-      if constexpr (decltype(is_first)::value) load();  // early
+      if constexpr (kFirst) load();  // early
       if (thread < kWarpSize * P) {
         int64_t offset = staged_offset;
-        if constexpr (!decltype(is_first)::value) {
-          offset += subpixel_offset(kernels, shape, pass * P + thread % P) -
-                    subpixel_offset(kernels, shape, thread % P);
+        if constexpr (!kFirst) {
+          offset += subpixel_offset(weights, shape, pass * P + thread % P) -
+                    subpixel_offset(weights, shape, thread % P);
         }
-        float weights[kTaps] = {};
-        if (staged.exists) load_weights(kernels, offset, weights);
-#pragma unroll
-        for (int t = 0; t < kTaps; ++t) shared.set(buffer + t * kWarpSize * P + thread, weights[t]);
+        stage_weights<k>(weights, offset, staged.exists, shared, buffer + thread);
       }
-      if constexpr (!decltype(is_first)::value) load();  // late, as there are more sums to keep
+      if constexpr (!kFirst) load();  // late, as there are more sums to keep
       __syncthreads();
-#pragma unroll
-      for (int u = 0; u < k; ++u) {
-        if (!is_of_the_band(row + u)) continue;
-#pragma unroll
-        for (int v = 0; v < k; ++v) {
-          const Vector<float, P> weights =
-              shared.template get<P>(buffer + ((u * k + v) * kWarpSize + lane) * P);
-#pragma unroll
-          for (int c = 0; c < kChannels; ++c) {
-            constexpr int kMove = decltype(is_first)::value;
-            float sum = u + kMove < k ? sums[c][u + kMove][v] : 0;
-#pragma unroll
-            for (int p = 0; p < P; ++p) {
-              sum += weights.values[p] * gradients[c][p / 2].values[p % 2];
-            }
-            sums[c][u][v] = sum;
-          }
-        }
-      }
-      buffer = kWeights<k> - buffer;  // two in turns, so one barrier is enough
+      scatter_pass<k, kFirst>(band, row, shared, buffer + lane * P, gradients, sums);
+      buffer = kWeights<k> - buffer;
     };
     add(0, std::true_type());
     for (int pass = 1; pass < passes; ++pass) add(pass, std::false_type());
-    finish(row, 0, target);
-    staged_offset += kernels.row;
-    source += shape.scale * grad_output.row;
-    target += grad_features.row;
+    if (band.has(row)) {
+      finish_row<k>(sums, 0, strips.lanes, target, grad_features.channel_stride, stored);
+    }
+    staged_offset += weights.row_stride;
+    source += shape.scale * grad_output.row_stride;
+    target += grad_features.row_stride;
   }
   // At the lower border of the map, no more rows of the source complete the last ones.
 #pragma unroll
-  for (int u = 1; u <= kRadius; ++u, target += grad_features.row) {
-    finish(end_row - kRadius + u - 1, u, target);
+  for (int u = 1; u <= r; ++u, target += grad_features.row_stride) {
+    if (band.has(band.end_row - r + u - 1)) {
+      finish_row<k>(sums, u, strips.lanes, target, grad_features.channel_stride, stored);
+    }
   }
 }
 
@@ -564,17 +655,17 @@ constexpr int kBackwardShared = kWeights<k> + std::max(kWeights<k>, kWindows<k, 
 
 template <int k, typename T>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks<k>)
-    backward_kernel(Shape shape, Map grad_output, Map features, Kernels kernels, Map grad_features,
-                    Kernels grad_kernels, Strips strips, Turns turns, bool aligned) {
+    backward_kernel(Shape shape, Map grad_output, Map features, Weights weights, Map grad_features,
+                    Weights grad_weights, Strips strips, Turns turns, bool aligned) {
   SHARED_ARRAY(float, shared, (kBackwardShared<k, T>));
   const unsigned before = turns.strips_of(blockIdx.x);
   if (before < turns.strips_of(blockIdx.x + 1)) {
-    backward_strip<k, T>(shape, grad_output, kernels, grad_features, strips, before, aligned,
+    backward_strip<k, T>(shape, grad_output, weights, grad_features, strips, before, aligned,
                          shared);
   } else {
     const Tile tile(shape, blockIdx.x - before, static_cast<int>(shape.subpixels() / kSubpixels<k>),
                     1);
-    backward_tile<k, T>(shape, grad_output, features, kernels, grad_kernels, tile, aligned, shared);
+    backward_tile<k, T>(shape, grad_output, features, weights, grad_weights, tile, aligned, shared);
   }
 }
 
@@ -583,67 +674,59 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<k>)
 template <typename T>
 bool pairs_aligned(const Map& map) {
   const auto is_even = [](int64_t stride) { return stride % 2 == 0; };
-  return reinterpret_cast<uintptr_t>(map.data) % sizeof(Vector<T, 2>) == 0 && is_even(map.batch) &&
-         is_even(map.channel) && is_even(map.row);
+  return reinterpret_cast<uintptr_t>(map.data) % sizeof(Vector<T, 2>) == 0 &&
+         is_even(map.batch_stride) && is_even(map.channel_stride) && is_even(map.row_stride);
 }
 
-// Calls body with the kernel size as a constant, or returns false where only the general kernels
-// will do. Within a channel of one image the kernels have 32-bit offsets into `maps`, and the limit
-// of a grid is 2^31 - 1 blocks.
-template <typename Body>
-bool with_kernel_size(const Shape& shape, std::initializer_list<Map> maps, const Body& body) {
+// Whether there are kernels for it. Within a channel of one image they have 32-bit offsets into
+// `maps`, and the limit of a grid is 2^31 - 1 blocks.
+inline bool is_suited(const Shape& shape, std::initializer_list<Map> maps) {
+  if (shape.scale % 2 != 0) return false;
   const int64_t rows = shape.height * shape.scale, columns = shape.width * shape.scale;
   for (const Map& map : maps) {
-    if (rows > (INT32_MAX - columns) / std::max<int64_t>(1, map.row)) return false;
+    if (rows > (INT32_MAX - columns) / std::max<int64_t>(1, map.row_stride)) return false;
   }
   // Of a tile, there are at most half as many blocks as subpixels, and no more strips than channels.
-  const int64_t blocks_of_a_tile = shape.subpixels() / 2 + shape.group_channels();
-  if (tiles(shape) > INT32_MAX / blocks_of_a_tile) return false;
-  if (shape.scale % 2 != 0) return false;
-  switch (shape.kernel) {
-    case 3: body(std::integral_constant<int, 3>()); return true;
-    case 5: body(std::integral_constant<int, 5>()); return true;
-    case 7: body(std::integral_constant<int, 7>()); return true;
-    default: return false;
-  }
+  return tiles(shape) <= INT32_MAX / (shape.subpixels() / 2 + shape.group_channels());
 }
 
+// forward and backward return false, and launch nothing, for what they leave to general.cuh.
+
 template <typename T, typename Launcher>
-bool forward(Launcher& launcher, const Shape& shape, const Map& features, const Kernels& kernels,
+bool forward(Launcher& launcher, const Shape& shape, const Map& features, const Weights& weights,
              const Map& output) {
-  return with_kernel_size(shape, {features, output}, [&](auto k) {
-    const int64_t blocks = tiles(shape) * shape.subpixels() / kSubpixels<k>;
-    // Small maps have few tiles: there, several blocks share the channels of one.
-    const int64_t resident = int64_t(kBlocksPerMultiprocessor) * launcher.multiprocessors();
-    const int64_t most = divide_up(shape.group_channels(), 4 * kStage<k> * kWarps);
-    const int splits =
-        static_cast<int>(std::max<int64_t>(1, std::min(2 * resident / blocks, most)));
-    launcher.launch(forward_kernel<k, T>, dim3(static_cast<unsigned>(blocks * splits)), kThreads,
-                    shape, features, kernels, output, splits);
-  });
+  return is_suited(shape, {features, output}) && with_kernel_size(shape, [&](auto k) {
+           const int64_t blocks = tiles(shape) * shape.subpixels() / kSubpixels<k>;
+           // Small maps have few tiles: there, several blocks share the channels of one.
+           const int64_t resident = int64_t(kBlocksPerMultiprocessor) * launcher.multiprocessors();
+           const int64_t most = divide_up(shape.group_channels(), 4 * kStage<k> * kWarps);
+           const int splits =
+               static_cast<int>(std::max<int64_t>(1, std::min(2 * resident / blocks, most)));
+           launch(launcher, forward_kernel<k, T>, blocks * splits, kThreads, shape, features,
+                  weights, output, splits);
+         });
 }
 
 // Gradients that are not wanted are null.
 template <typename T, typename Launcher>
 bool backward(Launcher& launcher, const Shape& shape, const Map& grad_output, const Map& features,
-              const Kernels& kernels, const Map* grad_features, const Kernels* grad_kernels) {
-  return with_kernel_size(
-      shape, {grad_output, features, grad_features ? *grad_features : features}, [&](auto k) {
-        Strips strips{};
-        Turns turns{};
-        if (grad_features && shape.channels > 0) {
-          strips = Strips::of<k>(shape, launcher.multiprocessors());
-          turns.strips = static_cast<unsigned>(strips.blocks_of_a_band() * strips.bands);
-        }
-        if (grad_kernels) {
-          turns.tiles = static_cast<unsigned>(tiles(shape) * shape.subpixels() / kSubpixels<k>);
-        }
-        if (turns.blocks() == 0) return;
-        launcher.launch(backward_kernel<k, T>, dim3(turns.blocks()), kThreads, shape, grad_output,
-                        features, kernels, grad_features ? *grad_features : Map{},
-                        grad_kernels ? *grad_kernels : Kernels{}, strips, turns,
-                        pairs_aligned<T>(grad_output));
-      });
+              const Weights& weights, const Map* grad_features, const Weights* grad_weights) {
+  if (!is_suited(shape, {grad_output, features})) return false;
+  if (grad_features && !is_suited(shape, {*grad_features})) return false;
+  return with_kernel_size(shape, [&](auto k) {
+    Strips strips{};
+    Turns turns{};
+    if (grad_features && shape.channels > 0) {
+      strips = Strips::of<k>(shape, launcher.multiprocessors());
+      turns.strips = static_cast<unsigned>(strips.blocks_of_a_band() * strips.bands);
+    }
+    if (grad_weights) {
+      turns.tiles = static_cast<unsigned>(tiles(shape) * shape.subpixels() / kSubpixels<k>);
+    }
+    launch(launcher, backward_kernel<k, T>, turns.blocks(), kThreads, shape, grad_output, features,
+           weights, grad_features ? *grad_features : Map{},
+           grad_weights ? *grad_weights : Weights{}, strips, turns, pairs_aligned<T>(grad_output));
+  });
 }
 
 }  // namespace carafe_d2::contiguous

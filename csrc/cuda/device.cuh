@@ -100,55 +100,58 @@ struct Subpixel {
 };
 
 // What subpixel p adds to the offset of its location's taps.
-__device__ __forceinline__ int64_t subpixel_offset(const Kernels& kernels, const Shape& shape,
+__device__ __forceinline__ int64_t subpixel_offset(const Weights& weights, const Shape& shape,
                                                    int p) {
   const Subpixel subpixel(shape, p);
-  return subpixel.row * kernels.sub_row + subpixel.column * kernels.sub_column;
+  return subpixel.row * weights.sub_row_stride + subpixel.column * weights.sub_column_stride;
 }
 
 // Where source location (h, w) and subpixel p of group g in image n have their first tap.
-__device__ __forceinline__ int64_t kernel_offset(const Kernels& kernels, const Shape& shape,
-                                                 int64_t n, int64_t g, int h, int w, int p) {
-  return n * kernels.batch + g * kernels.group + h * kernels.row + w * kernels.column +
-         subpixel_offset(kernels, shape, p);
+__device__ __forceinline__ int64_t weights_offset(const Weights& weights, const Shape& shape,
+                                                  int64_t n, int64_t g, int h, int w, int p) {
+  return n * weights.batch_stride + g * weights.group_stride + h * weights.row_stride +
+         w * weights.column_stride + subpixel_offset(weights, shape, p);
 }
 
-template <typename K, int kTaps>
-__device__ __forceinline__ void load_taps(const K* taps, int64_t stride, float (&values)[kTaps]) {
+template <typename W, int kTaps>
+__device__ __forceinline__ void load_taps(const W* taps, int64_t stride, float (&values)[kTaps]) {
 #pragma unroll
   for (int t = 0; t < kTaps; ++t, taps += stride) values[t] = to_float(*taps);
 }
 
-template <typename K, int kTaps>
-__device__ __forceinline__ void store_taps(const float (&values)[kTaps], K* taps, int64_t stride) {
+template <typename W, int kTaps>
+__device__ __forceinline__ void store_taps(const float (&values)[kTaps], W* taps, int64_t stride) {
 #pragma unroll
   for (int t = 0; t < kTaps; ++t, taps += stride) from_float(values[t], *taps);
 }
 
-// Reassembly kernels have a type of their own under autocast. They are read once for many
-// channels, so it costs nothing to decide at run time.
+// Weights have a type of their own under autocast. They are read once for many channels, so it
+// costs nothing to decide at run time. The values are masks or logits, as they are in memory.
 template <int kTaps>
-__device__ __forceinline__ void load_kernel(const Kernels& kernels, int64_t offset,
+__device__ __forceinline__ void load_values(const Weights& weights, int64_t offset,
                                             float (&values)[kTaps]) {
-  switch (kernels.type) {
+  switch (weights.type) {
     case Type::kHalf:
-      return load_taps(static_cast<const Half*>(kernels.data) + offset, kernels.tap, values);
+      return load_taps(static_cast<const Half*>(weights.data) + offset, weights.tap_stride, values);
     case Type::kBFloat16:
-      return load_taps(static_cast<const BFloat16*>(kernels.data) + offset, kernels.tap, values);
+      return load_taps(static_cast<const BFloat16*>(weights.data) + offset, weights.tap_stride,
+                       values);
     default:
-      return load_taps(static_cast<const float*>(kernels.data) + offset, kernels.tap, values);
+      return load_taps(static_cast<const float*>(weights.data) + offset, weights.tap_stride,
+                       values);
   }
 }
 
 template <int kTaps>
-__device__ __forceinline__ void store_kernel(const float (&values)[kTaps], const Kernels& kernels,
+__device__ __forceinline__ void store_values(const float (&values)[kTaps], const Weights& weights,
                                              int64_t offset) {
-  switch (kernels.type) {
+  switch (weights.type) {
     case Type::kHalf:
-      return store_taps(values, static_cast<Half*>(kernels.data) + offset, kernels.tap);
+      return store_taps(values, static_cast<Half*>(weights.data) + offset, weights.tap_stride);
     case Type::kBFloat16:
-      return store_taps(values, static_cast<BFloat16*>(kernels.data) + offset, kernels.tap);
-    default: return store_taps(values, static_cast<float*>(kernels.data) + offset, kernels.tap);
+      return store_taps(values, static_cast<BFloat16*>(weights.data) + offset, weights.tap_stride);
+    default:
+      return store_taps(values, static_cast<float*>(weights.data) + offset, weights.tap_stride);
   }
 }
 
@@ -171,31 +174,31 @@ __device__ __forceinline__ void softmax(float (&values)[kTaps]) {
   for (int t = 0; t < kTaps; ++t) values[t] *= factor;
 }
 
-// The weights of one output pixel, whatever the kernels hold.
+// The weights of one output pixel, made of the logits where `weights` holds those.
 template <int kTaps>
-__device__ __forceinline__ void load_weights(const Kernels& kernels, int64_t offset,
-                                             float (&weights)[kTaps]) {
-  load_kernel(kernels, offset, weights);
-  if (kernels.softmax) softmax(weights);
+__device__ __forceinline__ void load_weights(const Weights& weights, int64_t offset,
+                                             float (&values)[kTaps]) {
+  load_values(weights, offset, values);
+  if (weights.softmax) softmax(values);
 }
 
-// From the gradients of a pixel's weights to those of what the kernels hold. Through the softmax
+// From the gradients of a pixel's weights to those of the masks or logits. Through the softmax
 // m = softmax(l): grad l[t] = m[t] * (grad m[t] - sum over t' of m[t'] * grad m[t']).
 template <int kTaps>
 __device__ __forceinline__ void store_weight_gradients(float (&gradients)[kTaps],
-                                                       const Kernels& kernels, int64_t offset,
-                                                       const Kernels& grad_kernels,
+                                                       const Weights& weights, int64_t offset,
+                                                       const Weights& grad_weights,
                                                        int64_t grad_offset) {
-  if (kernels.softmax) {
-    float weights[kTaps];
-    load_weights(kernels, offset, weights);
+  if (weights.softmax) {
+    float values[kTaps];
+    load_weights(weights, offset, values);
     float sum = 0;
 #pragma unroll
-    for (int t = 0; t < kTaps; ++t) sum += weights[t] * gradients[t];
+    for (int t = 0; t < kTaps; ++t) sum += values[t] * gradients[t];
 #pragma unroll
-    for (int t = 0; t < kTaps; ++t) gradients[t] = weights[t] * (gradients[t] - sum);
+    for (int t = 0; t < kTaps; ++t) gradients[t] = values[t] * (gradients[t] - sum);
   }
-  store_kernel(gradients, grad_kernels, grad_offset);
+  store_values(gradients, grad_weights, grad_offset);
 }
 
 }  // namespace carafe_d2

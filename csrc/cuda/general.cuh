@@ -1,9 +1,9 @@
 // CUDA kernels for everything that the specialized ones leave out: float64, odd scales, any kernel
 // size, any alignment.
 //
-// A thread owns what it writes (output values, feature gradients, or the kernel gradients of one
+// A thread owns what it writes (output values, feature gradients, or the weight gradients of one
 // output pixel) and gathers what goes into it in a fixed order. Offsets are 64-bit throughout. T is
-// the type of the features, K that of the reassembly kernels in memory, A the accumulation type.
+// the type of the features, W that of the weights in memory, A the accumulation type.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace carafe_d2::general {
 
 constexpr int kThreads = 256;       // of a block; one has to fit, so nothing spills
 constexpr int kChannels = 8;        // that one thread handles at a time, in registers
-constexpr int kCachedTaps = 7 * 7;  // kernel gradients of a pixel that a thread keeps
+constexpr int kCachedTaps = 7 * 7;  // weight gradients of a pixel that a thread keeps
 
 // An output pixel: subpixel (dy, dx) of source location (h, w) in group g of image n.
 struct Pixel {
@@ -39,21 +39,22 @@ __device__ __forceinline__ int64_t index_of(const Shape& shape, const Pixel& pix
   return (plane * shape.height * shape.scale + y) * shape.width * shape.scale + x;
 }
 
-__device__ __forceinline__ int64_t pixel_offset(const Kernels& kernels, const Pixel& pixel) {
-  return pixel.n * kernels.batch + pixel.g * kernels.group + pixel.h * kernels.row +
-         pixel.dy * kernels.sub_row + pixel.w * kernels.column + pixel.dx * kernels.sub_column;
+__device__ __forceinline__ int64_t weights_offset(const Weights& weights, const Pixel& pixel) {
+  return pixel.n * weights.batch_stride + pixel.g * weights.group_stride +
+         pixel.h * weights.row_stride + pixel.dy * weights.sub_row_stride +
+         pixel.w * weights.column_stride + pixel.dx * weights.sub_column_stride;
 }
 
 __device__ __forceinline__ int64_t output_offset(const Shape& shape, const Map& map,
                                                  const Pixel& pixel) {
-  return pixel.n * map.batch + pixel.g * shape.group_channels() * map.channel +
-         (pixel.h * shape.scale + pixel.dy) * map.row +
-         (pixel.w * shape.scale + pixel.dx) * map.column;
+  return pixel.n * map.batch_stride + pixel.g * shape.group_channels() * map.channel_stride +
+         (pixel.h * shape.scale + pixel.dy) * map.row_stride +
+         (pixel.w * shape.scale + pixel.dx) * map.column_stride;
 }
 
 // log(sum of exp(logit) over the taps): the weight of a tap is exp(logit - this).
-template <typename A, typename K>
-__device__ __forceinline__ A log_sum_exp(const K* taps, int64_t count, int64_t stride) {
+template <typename A, typename W>
+__device__ __forceinline__ A log_sum_exp(const W* taps, int64_t count, int64_t stride) {
   A largest = to_float(taps[0]);
   for (int64_t t = 1; t < count; ++t) {
     const A value = to_float(taps[t * stride]);
@@ -64,10 +65,10 @@ __device__ __forceinline__ A log_sum_exp(const K* taps, int64_t count, int64_t s
   return largest + logarithm(sum);
 }
 
-template <typename A, typename K>
-__device__ __forceinline__ A weight_of(const Kernels& kernels, const K* tap, A normalizer) {
+template <typename A, typename W>
+__device__ __forceinline__ A weight_of(const Weights& weights, const W* tap, A normalizer) {
   const A value = to_float(*tap);
-  return kernels.softmax ? exponential(value - normalizer) : value;
+  return weights.softmax ? exponential(value - normalizer) : value;
 }
 
 // The channels of one thread: `first`, `first + step`, ... below `count`. In channels last adjacent
@@ -89,19 +90,20 @@ __device__ __forceinline__ Channels channels_at(const Shape& shape, int64_t item
 }
 
 // out = sum over taps of weight * feature; a thread computes one pixel of up to kChannels channels.
-template <typename A, typename T, typename K>
+template <typename A, typename T, typename W>
 __global__ void __launch_bounds__(kThreads, 1)
-    forward_kernel(Shape shape, Map features, Kernels kernels, Map output) {
+    forward_kernel(Shape shape, Map features, Weights weights, Map output) {
   const int64_t pixels = pixel_count(shape), threads = pixels * channel_blocks(shape);
   const int64_t radius = shape.radius();
   for (int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; index < threads;
        index += int64_t(gridDim.x) * blockDim.x) {
     const Channels channels = channels_at(shape, pixels, index);
     const Pixel pixel = pixel_at(shape, channels.item);
-    const K* taps = static_cast<const K*>(kernels.data) + pixel_offset(kernels, pixel);
-    const A normalizer = kernels.softmax ? log_sum_exp<A>(taps, shape.taps(), kernels.tap) : A(0);
-    const T* source = static_cast<const T*>(features.data) + pixel.n * features.batch +
-                      pixel.g * shape.group_channels() * features.channel;
+    const W* taps = static_cast<const W*>(weights.data) + weights_offset(weights, pixel);
+    const A normalizer =
+        weights.softmax ? log_sum_exp<A>(taps, shape.taps(), weights.tap_stride) : A(0);
+    const T* source = static_cast<const T*>(features.data) + pixel.n * features.batch_stride +
+                      pixel.g * shape.group_channels() * features.channel_stride;
     A sum[kChannels] = {};
     for (int64_t u = 0; u < shape.kernel; ++u) {
       const int64_t y = pixel.h + u - radius;
@@ -110,12 +112,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int64_t x = pixel.w + v - radius;
         if (x < 0 || x >= shape.width) continue;
         const A weight =
-            weight_of<A>(kernels, taps + (u * shape.kernel + v) * kernels.tap, normalizer);
-        const T* location = source + y * features.row + x * features.column;
+            weight_of<A>(weights, taps + (u * shape.kernel + v) * weights.tap_stride, normalizer);
+        const T* location = source + y * features.row_stride + x * features.column_stride;
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) {
           const int64_t c = channels.first + i * channels.step;
-          if (c < channels.count) sum[i] += weight * to_float(location[c * features.channel]);
+          if (c < channels.count)
+            sum[i] += weight * to_float(location[c * features.channel_stride]);
         }
       }
     }
@@ -123,28 +126,28 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) {
       const int64_t c = channels.first + i * channels.step;
-      if (c < channels.count) from_float(sum[i], target[c * output.channel]);
+      if (c < channels.count) from_float(sum[i], target[c * output.channel_stride]);
     }
   }
 }
 
 // Normalizers of the softmax, one for each group and output pixel, for the two kernels below.
-template <typename A, typename K>
+template <typename A, typename W>
 __global__ void __launch_bounds__(kThreads, 1)
-    normalizer_kernel(Shape shape, Kernels kernels, A* normalizers) {
+    normalizer_kernel(Shape shape, Weights weights, A* normalizers) {
   for (int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; index < pixel_count(shape);
        index += int64_t(gridDim.x) * blockDim.x) {
-    const K* taps =
-        static_cast<const K*>(kernels.data) + pixel_offset(kernels, pixel_at(shape, index));
-    normalizers[index] = log_sum_exp<A>(taps, shape.taps(), kernels.tap);
+    const W* taps =
+        static_cast<const W*>(weights.data) + weights_offset(weights, pixel_at(shape, index));
+    normalizers[index] = log_sum_exp<A>(taps, shape.taps(), weights.tap_stride);
   }
 }
 
 // Gradient of the features, gathered from the output pixels that a location contributed to; a
 // thread computes one location of up to kChannels channels.
-template <typename A, typename T, typename K>
+template <typename A, typename T, typename W>
 __global__ void __launch_bounds__(kThreads, 1)
-    backward_features_kernel(Shape shape, Map grad_output, Kernels kernels, const A* normalizers,
+    backward_features_kernel(Shape shape, Map grad_output, Weights weights, const A* normalizers,
                              Map grad_features) {
   const int64_t locations = shape.batch * shape.groups * shape.height * shape.width;
   const int64_t threads = locations * channel_blocks(shape), radius = shape.radius();
@@ -164,27 +167,28 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (w < 0 || w >= shape.width) continue;
         for (int64_t p = 0; p < shape.subpixels(); ++p) {
           const Pixel pixel{n, g, h, w, p / shape.scale, p % shape.scale};
-          const K* tap = static_cast<const K*>(kernels.data) + pixel_offset(kernels, pixel) +
-                         (u * shape.kernel + v) * kernels.tap;
-          const A normalizer = kernels.softmax ? normalizers[index_of(shape, pixel)] : A(0);
-          const A weight = weight_of<A>(kernels, tap, normalizer);
+          const W* tap = static_cast<const W*>(weights.data) + weights_offset(weights, pixel) +
+                         (u * shape.kernel + v) * weights.tap_stride;
+          const A normalizer = weights.softmax ? normalizers[index_of(shape, pixel)] : A(0);
+          const A weight = weight_of<A>(weights, tap, normalizer);
           const T* source =
               static_cast<const T*>(grad_output.data) + output_offset(shape, grad_output, pixel);
 #pragma unroll
           for (int i = 0; i < kChannels; ++i) {
             const int64_t c = channels.first + i * channels.step;
-            if (c < channels.count) sum[i] += weight * to_float(source[c * grad_output.channel]);
+            if (c < channels.count)
+              sum[i] += weight * to_float(source[c * grad_output.channel_stride]);
           }
         }
       }
     }
-    T* target = static_cast<T*>(grad_features.data) + n * grad_features.batch +
-                g * shape.group_channels() * grad_features.channel + y * grad_features.row +
-                x * grad_features.column;
+    T* target = static_cast<T*>(grad_features.data) + n * grad_features.batch_stride +
+                g * shape.group_channels() * grad_features.channel_stride +
+                y * grad_features.row_stride + x * grad_features.column_stride;
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) {
       const int64_t c = channels.first + i * channels.step;
-      if (c < channels.count) from_float(sum[i], target[c * grad_features.channel]);
+      if (c < channels.count) from_float(sum[i], target[c * grad_features.channel_stride]);
     }
   }
 }
@@ -199,36 +203,37 @@ __device__ __forceinline__ A weight_gradient(const Shape& shape, const Map& grad
   if (y < 0 || y >= shape.height || x < 0 || x >= shape.width) return 0;
   const T* gradient =
       static_cast<const T*>(grad_output.data) + output_offset(shape, grad_output, pixel);
-  const T* feature = static_cast<const T*>(features.data) + pixel.n * features.batch +
-                     pixel.g * shape.group_channels() * features.channel + y * features.row +
-                     x * features.column;
+  const T* feature = static_cast<const T*>(features.data) + pixel.n * features.batch_stride +
+                     pixel.g * shape.group_channels() * features.channel_stride +
+                     y * features.row_stride + x * features.column_stride;
   A sum = 0;
   for (int64_t c = 0; c < shape.group_channels(); ++c) {
-    sum += A(to_float(gradient[c * grad_output.channel])) * to_float(feature[c * features.channel]);
+    sum += A(to_float(gradient[c * grad_output.channel_stride])) *
+           to_float(feature[c * features.channel_stride]);
   }
   return sum;
 }
 
 // Gradient of masks or logits; a thread computes all taps of one pixel. Through the softmax
 // m = softmax(logits): grad logits[t] = m[t] * (grad m[t] - sum over t' of m[t'] * grad m[t']).
-template <typename A, typename T, typename K>
+template <typename A, typename T, typename W>
 __global__ void __launch_bounds__(kThreads, 1)
-    backward_kernels_kernel(Shape shape, Map grad_output, Map features, Kernels kernels,
-                            const A* normalizers, Kernels grad_kernels) {
+    backward_weights_kernel(Shape shape, Map grad_output, Map features, Weights weights,
+                            const A* normalizers, Weights grad_weights) {
   for (int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; index < pixel_count(shape);
        index += int64_t(gridDim.x) * blockDim.x) {
     const Pixel pixel = pixel_at(shape, index);
-    const K* taps = static_cast<const K*>(kernels.data) + pixel_offset(kernels, pixel);
-    K* grad_taps = static_cast<K*>(grad_kernels.data) + pixel_offset(grad_kernels, pixel);
-    const A normalizer = kernels.softmax ? normalizers[index] : A(0);
+    const W* taps = static_cast<const W*>(weights.data) + weights_offset(weights, pixel);
+    W* grad_taps = static_cast<W*>(grad_weights.data) + weights_offset(grad_weights, pixel);
+    const A normalizer = weights.softmax ? normalizers[index] : A(0);
     A cache[kCachedTaps];
     A sum = 0;
-    if (kernels.softmax) {
+    if (weights.softmax) {
       int t = 0;
       for (int u = 0; u < shape.kernel; ++u) {
         for (int v = 0; v < shape.kernel; ++v, ++t) {
           const A gradient = weight_gradient<A, T>(shape, grad_output, features, pixel, u, v);
-          sum += weight_of<A>(kernels, taps + t * kernels.tap, normalizer) * gradient;
+          sum += weight_of<A>(weights, taps + t * weights.tap_stride, normalizer) * gradient;
           if (t < kCachedTaps) cache[t] = gradient;
         }
       }
@@ -236,13 +241,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     int t = 0;
     for (int u = 0; u < shape.kernel; ++u) {
       for (int v = 0; v < shape.kernel; ++v, ++t) {
-        A gradient = kernels.softmax && t < kCachedTaps
+        A gradient = weights.softmax && t < kCachedTaps
                          ? cache[t]
                          : weight_gradient<A, T>(shape, grad_output, features, pixel, u, v);
-        if (kernels.softmax) {
-          gradient = weight_of<A>(kernels, taps + t * kernels.tap, normalizer) * (gradient - sum);
+        if (weights.softmax) {
+          gradient =
+              weight_of<A>(weights, taps + t * weights.tap_stride, normalizer) * (gradient - sum);
         }
-        from_float(gradient, grad_taps[t * grad_kernels.tap]);
+        from_float(gradient, grad_taps[t * grad_weights.tap_stride]);
       }
     }
   }
@@ -257,40 +263,40 @@ inline dim3 grid(int64_t threads) {
 // Normalizers of the softmax, one for each group and output pixel; null without a softmax.
 template <typename Types, typename Launcher>
 typename Types::Accumulation* normalizers(Launcher& launcher, const Shape& shape,
-                                          const Kernels& kernels) {
+                                          const Weights& weights) {
   using A = typename Types::Accumulation;
-  if (!kernels.softmax) return nullptr;
+  if (!weights.softmax) return nullptr;
   const int64_t pixels = pixel_count(shape);
   A* result = static_cast<A*>(launcher.temporary(pixels * sizeof(A)));
-  launcher.launch(normalizer_kernel<A, typename Types::Kernel>, grid(pixels), kThreads, shape,
-                  kernels, result);
+  launcher.launch(normalizer_kernel<A, typename Types::Weight>, grid(pixels), kThreads, shape,
+                  weights, result);
   return result;
 }
 
 template <typename Types, typename Launcher>
-void forward(Launcher& launcher, const Shape& shape, const Map& features, const Kernels& kernels,
+void forward(Launcher& launcher, const Shape& shape, const Map& features, const Weights& weights,
              const Map& output) {
   launcher.launch(
-      forward_kernel<typename Types::Accumulation, typename Types::Feature, typename Types::Kernel>,
-      grid(pixel_count(shape) * channel_blocks(shape)), kThreads, shape, features, kernels, output);
+      forward_kernel<typename Types::Accumulation, typename Types::Feature, typename Types::Weight>,
+      grid(pixel_count(shape) * channel_blocks(shape)), kThreads, shape, features, weights, output);
 }
 
 // Gradients that are not wanted are null.
 template <typename Types, typename Launcher>
 void backward(Launcher& launcher, const Shape& shape, const Map& grad_output, const Map& features,
-              const Kernels& kernels, const Map* grad_features, const Kernels* grad_kernels) {
+              const Weights& weights, const Map* grad_features, const Weights* grad_weights) {
   using A = typename Types::Accumulation;
   using T = typename Types::Feature;
-  using K = typename Types::Kernel;
-  const A* normalizer = normalizers<Types>(launcher, shape, kernels);
+  using W = typename Types::Weight;
+  const A* normalizer = normalizers<Types>(launcher, shape, weights);
   if (grad_features) {
     const int64_t locations = shape.batch * shape.groups * shape.height * shape.width;
-    launcher.launch(backward_features_kernel<A, T, K>, grid(locations * channel_blocks(shape)),
-                    kThreads, shape, grad_output, kernels, normalizer, *grad_features);
+    launcher.launch(backward_features_kernel<A, T, W>, grid(locations * channel_blocks(shape)),
+                    kThreads, shape, grad_output, weights, normalizer, *grad_features);
   }
-  if (grad_kernels) {
-    launcher.launch(backward_kernels_kernel<A, T, K>, grid(pixel_count(shape)), kThreads, shape,
-                    grad_output, features, kernels, normalizer, *grad_kernels);
+  if (grad_weights) {
+    launcher.launch(backward_weights_kernel<A, T, W>, grid(pixel_count(shape)), kThreads, shape,
+                    grad_output, features, weights, normalizer, *grad_weights);
   }
 }
 

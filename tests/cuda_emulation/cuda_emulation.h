@@ -44,20 +44,10 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
   return static_cast<T>(a) < static_cast<T>(b) ? static_cast<T>(b) : static_cast<T>(a);
 }
 
-// Loads and stores that hint at how caches are to be used.
+// A load that hints at how caches are to be used.
 template <typename T>
 T __ldg(const T* source) {
   return *source;
-}
-
-template <typename T>
-T __ldcs(const T* source) {
-  return *source;
-}
-
-template <typename T>
-void __stcs(T* target, T value) {
-  *target = value;
 }
 
 // ------------------------------------------------------------------- barriers, shuffles, votes

@@ -71,27 +71,27 @@ const char* take_launched() {
 }
 
 const char* emulate_forward(const Device& device, const Shape& shape, const Map& features,
-                            const Kernels& kernels, const Map& output) {
+                            const Weights& weights, const Map& output) {
   return cuda_emulation::report_of([&] {
     EmulatingLauncher launcher(device);
-    if (!device.general_blocks) return forward(launcher, shape, features, kernels, output);
-    with_types(features, kernels, [&](auto types) {
-      general::forward<decltype(types)>(launcher, shape, features, kernels, output);
+    if (!device.general_blocks) return forward(launcher, shape, features, weights, output);
+    with_types(features, weights, [&](auto types) {
+      general::forward<decltype(types)>(launcher, shape, features, weights, output);
     });
   });
 }
 
 const char* emulate_backward(const Device& device, const Shape& shape, const Map& grad_output,
-                             const Map& features, const Kernels& kernels, const Map* grad_features,
-                             const Kernels* grad_kernels) {
+                             const Map& features, const Weights& weights, const Map* grad_features,
+                             const Weights* grad_weights) {
   return cuda_emulation::report_of([&] {
     EmulatingLauncher launcher(device);
     if (!device.general_blocks) {
-      return backward(launcher, shape, grad_output, features, kernels, grad_features, grad_kernels);
+      return backward(launcher, shape, grad_output, features, weights, grad_features, grad_weights);
     }
-    with_types(features, kernels, [&](auto types) {
-      general::backward<decltype(types)>(launcher, shape, grad_output, features, kernels,
-                                         grad_features, grad_kernels);
+    with_types(features, weights, [&](auto types) {
+      general::backward<decltype(types)>(launcher, shape, grad_output, features, weights,
+                                         grad_features, grad_weights);
     });
   });
 }
