@@ -5,6 +5,7 @@ Readable and slow. Runs on any device, and autograd differentiates it as often a
 
 import itertools
 from collections.abc import Callable
+from typing import SupportsIndex
 
 import torch
 import torch.nn.functional as F
@@ -108,9 +109,10 @@ def _reassemble(features: Tensor, weights: Tensor, k: int) -> Tensor:
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def require(condition, message: Callable[[], str]) -> None:
-    """``torch._check``, also where a condition on sizes is a tensor, as in ``torch.jit.trace``."""
-    torch._check(bool(condition) if isinstance(condition, Tensor) else condition, message)
+def require(condition: object, message: Callable[[], str]) -> None:
+    """``torch._check``, also of NumPy's numbers and of the tensors that ``torch.jit.trace`` makes
+    of sizes."""
+    torch._check(condition if isinstance(condition, torch.SymBool) else bool(condition), message)
 
 
 def check_tensor(name: str, tensor: Tensor, features: Tensor) -> None:
@@ -158,7 +160,7 @@ def check_arguments(
         ("scale_factor", scale),
     ):
         require(
-            isinstance(value, int | torch.SymInt),
+            isinstance(value, SupportsIndex),  # also NumPy's integers, and sizes that are traced
             lambda: f"{argument}: expected an integer, but got {value!r}",  # noqa: B023 - at once
         )
     require(

@@ -74,6 +74,22 @@ def test_naive_is_differentiable_twice():
     assert torch.autograd.gradgradcheck(lambda f, m: carafe_naive(f, m, 3, 1, 2), (features, masks))
 
 
+EVERY_OPERATOR = pytest.mark.parametrize(
+    "operator", [carafe, carafe_naive, carafe_upsample, carafe_upsample_naive]
+)
+
+
+def valid_arguments(operator):
+    fused = operator in (carafe_upsample, carafe_upsample_naive)
+    return {
+        "features": torch.zeros(1, 4, 5, 5),
+        "kernels": torch.zeros(1, 100, 5, 5) if fused else torch.zeros(1, 25, 10, 10),
+        "kernel_size": 5,
+        "group_size": 1,
+        "scale_factor": 2,
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -93,16 +109,14 @@ def test_naive_is_differentiable_twice():
         ({"group_size": 3}, "group_size: expected a divisor of the 4 channels"),
     ],
 )
-@pytest.mark.parametrize("operator", [carafe, carafe_naive, carafe_upsample, carafe_upsample_naive])
+@EVERY_OPERATOR
 def test_definition_and_operator_refuse_the_same(operator, changes, message):
-    fused = operator in (carafe_upsample, carafe_upsample_naive)
-    arguments = {
-        "features": torch.zeros(1, 4, 5, 5),
-        "kernels": torch.zeros(1, 100, 5, 5) if fused else torch.zeros(1, 25, 10, 10),
-        "kernel_size": 5,
-        "group_size": 1,
-        "scale_factor": 2,
-    }
-    operator(*arguments.values())
     with pytest.raises(RuntimeError, match=message):
-        operator(*(arguments | changes).values())
+        operator(*(valid_arguments(operator) | changes).values())
+
+
+@EVERY_OPERATOR
+@pytest.mark.parametrize("integer", [int, np.int64, torch.tensor])
+def test_definition_and_operator_take_the_same_integers(operator, integer):
+    features, kernels, *sizes = valid_arguments(operator).values()
+    assert operator(features, kernels, *map(integer, sizes)).shape == (1, 4, 10, 10)
