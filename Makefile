@@ -48,7 +48,7 @@ quickstart: environment
 	@echo "  predictions beside ground truth   $(OUTPUT)/predictions.png"
 	@echo "  weights, log, metrics             $(OUTPUT)/{model_final.pth,log.txt,metrics.json}"
 	@echo "  dataset                           $${DETECTRON2_DATASETS:-datasets}/shapes"
-	@echo "Look closer: $(PY) tools/plot_training.py $(OUTPUT), tools/predict.py, tools/show_kernels.py"
+	@echo "Look closer: $(VENV)/bin/tensorboard --logdir $(OUTPUT), tools/predict.py, tools/show_kernels.py"
 	@echo "Next, the published model on COCO (expected in $${DETECTRON2_DATASETS:-datasets}/coco):"
 	@echo "  $(PY) train_net.py --config-file configs/mask_rcnn_R50_FPN_carafe_1x.yaml"
 

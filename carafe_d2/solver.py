@@ -1,7 +1,5 @@
 """The optimizer that a config describes."""
 
-from collections.abc import Iterable
-
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer as build_sgd
@@ -42,27 +40,6 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     if clip_full_model:
         _clip_full_model(optimizer, clip.CLIP_VALUE, clip.NORM_TYPE)
-    return optimizer
-
-
-def clipped_optimizer(
-    optimizer_class: type[torch.optim.Optimizer],
-    params: Iterable,
-    *,
-    max_norm: float,
-    norm_type: float = 2.0,
-    **options,
-) -> torch.optim.Optimizer:
-    """Builds an optimizer that scales the gradients of all parameters together before each step.
-
-    Args:
-        optimizer_class: e.g. :class:`torch.optim.SGD`.
-        params, **options: its arguments.
-        max_norm: the most that the norm of all gradients may be.
-        norm_type: the p of that norm.
-    """
-    optimizer = optimizer_class(params, **options)
-    _clip_full_model(optimizer, max_norm, norm_type)
     return optimizer
 
 

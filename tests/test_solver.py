@@ -5,7 +5,7 @@ from torch import nn
 
 from carafe_d2 import add_carafe_config
 from carafe_d2.errors import UserError
-from carafe_d2.solver import build_optimizer, clipped_optimizer
+from carafe_d2.solver import build_optimizer
 
 
 def config(*overrides):
@@ -45,15 +45,6 @@ def test_gradient_clipping(keys, expected):
 def test_full_model_clipping_leaves_small_gradients_alone():
     cfg = config(*CLIP, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model")
     assert step(cfg, [0.3, 0.4]) == pytest.approx([0.3, 0.4])
-
-
-def test_clipped_optimizer():
-    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    optimizer = clipped_optimizer(torch.optim.SGD, parameters, max_norm=1.0, lr=2.0)
-    for parameter, gradient in zip(parameters, [3.0, 4.0], strict=True):
-        parameter.grad = torch.tensor([gradient])
-    optimizer.step()
-    assert [-p.item() for p in parameters] == pytest.approx([1.2, 1.6], rel=1e-5)
 
 
 def test_adamw():
