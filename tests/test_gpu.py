@@ -16,7 +16,16 @@ from carafe_d2 import CARAFEPack
 from carafe_d2.benchmark.peers import mmcv_peers
 from carafe_d2.ops import carafe, carafe_upsample
 from carafe_d2.reference import carafe_naive, carafe_upsample_naive
-from carafe_d2.testing import BF16, F16, F32, F64, Case, assert_close, backward_of
+from carafe_d2.testing import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    Case,
+    assert_close,
+    backward_of,
+    check_operator,
+)
 
 pytestmark = pytest.mark.gpu
 OPERATORS = pytest.mark.parametrize(
@@ -117,11 +126,7 @@ UNUSUAL_CASES = [
 @LAYOUTS
 @pytest.mark.parametrize("case", UNUSUAL_CASES, ids=str)
 def test_unusual_shapes(operator, reference, case, layout):
-    case = of_layout(case, layout)
-    inputs = case.inputs(operator, DEVICE)
-    grad_output = random_grad_output(case)
-    actual = results(operator, inputs, grad_output, case)
-    assert_all_close(actual, exact_results(reference, inputs, grad_output, case), case)
+    check_operator(operator, reference, of_layout(case, layout), DEVICE)
 
 
 def misaligned(tensor: Tensor, elements: int) -> Tensor:
