@@ -32,7 +32,7 @@ def pack(**options) -> CARAFEPack:
     return with_lively_kernels(CARAFEPack(8, **{"scale_factor": 2, **options}))
 
 
-def pyramid() -> torch.nn.Module:
+def pyramid(up_kernel: int) -> torch.nn.Module:
     cfg = get_cfg()
     add_carafe_config(cfg)
     cfg.MODEL.BACKBONE.NAME = "build_resnet_carafe_fpn_backbone"
@@ -41,7 +41,7 @@ def pyramid() -> torch.nn.Module:
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.FPN.OUT_CHANNELS = 8
-    cfg.MODEL.CARAFE.UP_KERNEL = 3
+    cfg.MODEL.CARAFE.UP_KERNEL = up_kernel
     cfg.MODEL.CARAFE.COMPRESSED_CHANNELS = 8
     return with_lively_kernels(build_backbone(cfg))
 
@@ -116,7 +116,7 @@ def test_upsampler_exports_with_the_operator_as_one_node(strict):
 
 def test_pyramid_exports_for_any_padded_image_size():
     """Detectron2 pads images to the pyramid's size divisibility, here to multiples of 64."""
-    model = pyramid()
+    model = pyramid(up_kernel=3)
     height, width = (model.size_divisibility * Dim(name, min=2) for name in ("rows", "columns"))
     program = torch.export.export(
         model,
@@ -214,7 +214,7 @@ def test_mask_head_like_batch_in_onnx():
 def test_pyramid_in_onnx():
     """Five levels of a ResNet, for any image: sides that are no multiple of 64 are cropped."""
     check_onnx(
-        pyramid(),
+        pyramid(up_kernel=1),  # more taps take long, and test_upsampler_in_onnx has them
         (torch.randn(2, 3, 64, 128),),
         [(torch.randn(1, 3, 128, 64),), (torch.randn(1, 3, 72, 100),)],
         dynamic_shapes=(ANY_SIZE,),
