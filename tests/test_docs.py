@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from carafe_d2.errors import UserError
 
@@ -70,8 +71,9 @@ def test_command_names_a_program_and_its_options(command, monkeypatch, capsys):
         return
     for path in filter(re.compile(r"(configs|tests)/[^*{}]+").fullmatch, arguments):
         assert Path(path).exists(), path
-    while program == "torchrun" and arguments[0].startswith("-"):
-        arguments.pop(0)
+    if program == "torchrun":
+        args = get_args_parser().parse_args(arguments)
+        arguments = [args.training_script, *args.training_script_args]
     if arguments[0] == "-c":
         compile(arguments[1], "-c", "exec")
         return
@@ -125,6 +127,7 @@ sys.exit(failures)
 """
 
 
+@pytest.mark.slow
 def test_examples_run(tmp_path):
     for name, content in FILES.items():
         (tmp_path / name).write_text(content)

@@ -14,6 +14,7 @@ is kept under the key "mmdet" of that file for the way back. Optimizers and the 
 import argparse
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from detectron2.data import MetadataCatalog
@@ -25,7 +26,9 @@ from carafe_d2.errors import UserError, exit_on_user_error
 
 def detectron2_file(content: dict) -> dict:
     """What Detectron2's file contains, for the content of a file of MMDetection's."""
-    converted = mmdet.to_detectron2(mmdet.find_state_dict(content))
+    state_dict = mmdet.find_state_dict(content)
+    assert state_dict is not None
+    converted = mmdet.to_detectron2(state_dict)
     if converted.unknown:
         raise UserError(f"Detectron2's models have no place for {mmdet.listed(converted.unknown)}")
     for difference in mmdet.differences(content, converted):
@@ -86,7 +89,7 @@ def class_names(dataset: str) -> tuple[str, ...]:
     return tuple(MetadataCatalog.get(dataset).thing_classes)
 
 
-def parse_args():
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -102,12 +105,12 @@ def parse_args():
     parser.add_argument(
         "--dataset", metavar="NAME", help="take the class names for MMDetection from this dataset"
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_user_error()
-def main():
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     if os.path.abspath(args.input) == os.path.abspath(args.output):
         raise UserError(f"{args.output} is the input; name another output")
     content = read_checkpoint(args.input)

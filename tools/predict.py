@@ -25,7 +25,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -153,9 +153,10 @@ def image_ids(images: list[Path], annotations: dict | None) -> dict[Path, int]:
         for image in images:
             # A file name there may have folders in front, and the path has others before these.
             endings = (image.absolute().parts[i:] for i in range(len(image.absolute().parts)))
-            ids[image] = next((known[ending] for ending in endings if ending in known), None)
-            if ids[image] is None:
+            found = next((known[ending] for ending in endings if ending in known), None)
+            if found is None:
                 raise UserError(f"--annotations has no image of the name {image.name}")
+            ids[image] = found
         return ids
     stems = [image.stem for image in images]
     if all(s.isascii() and s.isdigit() for s in stems) and len({*map(int, stems)}) == len(stems):
@@ -297,7 +298,7 @@ class VideoFile:
     def __init__(self, path: Path, frames_per_second: float):
         self._path = path
         self._frames_per_second = frames_per_second
-        self._writer = None
+        self._writer: cv2.VideoWriter | None = None
 
     def __enter__(self):
         return self
@@ -308,7 +309,7 @@ class VideoFile:
         frame = cv2.copyMakeBorder(frame, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
         if self._writer is None:
             write_file(self._path, b"")  # OpenCV does not say why it cannot write
-            codec = cv2.VideoWriter_fourcc(*"mp4v")
+            codec = cv2.VideoWriter.fourcc(*"mp4v")
             size = frame.shape[1::-1]
             self._writer = cv2.VideoWriter(str(self._path), codec, self._frames_per_second, size)
             if not self._writer.isOpened():
@@ -347,7 +348,7 @@ def predict_video(predictor: Predictor, file: Path, output: Path, args) -> None:
 # --- command line -------------------------------------------------------------------------------
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     description, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description,
@@ -380,7 +381,7 @@ def parse_args() -> argparse.Namespace:
         "--width", type=int, help="width of the drawn images in pixels; default: their own"
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.input, args.opts = split_opts(args.input, args.opts)
     return args
 
@@ -408,8 +409,8 @@ def make_config(args: argparse.Namespace):
 
 
 @exit_on_user_error()
-def main():
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     check_args(args)
     cfg = make_config(args)
     inputs = find_inputs(args.input)

@@ -16,7 +16,9 @@ import argparse
 import dataclasses
 import io
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib
@@ -106,10 +108,10 @@ def predict_kernels(predictor: Predictor, image: np.ndarray) -> tuple[Instances,
         UserError: the model's backbone is no pyramid that upsamples with CARAFE.
     """
     backbone = getattr(predictor.model, "backbone", None)
-    upsamplers = {}
+    upsamplers, strides = {}, {}
     if isinstance(backbone, CarafeFPN):
-        names = list(backbone.output_shape())
-        for fine, coarse in itertools.pairwise(names):
+        strides = {name: shape.stride for name, shape in backbone.output_shape().items()}
+        for fine, coarse in itertools.pairwise(strides):
             upsamplers[fine, coarse] = getattr(backbone, f"fpn_upsample{fine.removeprefix('p')}")
     if not upsamplers or not all(isinstance(u, CARAFEPack) for u in upsamplers.values()):
         raise UserError(
@@ -134,8 +136,7 @@ def predict_kernels(predictor: Predictor, image: np.ndarray) -> tuple[Instances,
     for (fine, coarse), pack in upsamplers.items():
         shuffled = F.pixel_shuffle(logits[fine, coarse].float(), pack.scale_factor)[0].cpu()
         masks = shuffled.unflatten(0, (pack.up_group, pack.up_kernel**2)).softmax(dim=1)
-        stride = backbone.output_shape()[coarse].stride
-        steps.append(Upsampling(fine, coarse, pack.scale_factor, stride, masks))
+        steps.append(Upsampling(fine, coarse, pack.scale_factor, strides[coarse], masks))
     return instances, steps
 
 
@@ -224,7 +225,7 @@ COLORS = ListedColormap(
 )
 POINT = "#008f3c"
 OUTLINE = [patheffects.withStroke(linewidth=3, foreground="white")]
-FONT_SIZES = {"axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8}
+FONT_SIZES: Any = {"axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8}
 
 
 def show_image(panel: Axes, image: np.ndarray) -> None:
@@ -285,7 +286,7 @@ def show_kernel(
         edgecolor=POINT,
         lw=1.4,
     )
-    frame.set_path_effects(OUTLINE)
+    frame.set_path_effects([*OUTLINE])
     panel.add_patch(frame)
     if k > MOST_NUMBERS:
         return
@@ -300,7 +301,7 @@ def show_kernel(
 def mark(panel: Axes, point: tuple[int, int], size: float) -> None:
     x, y = point
     (line,) = panel.plot(x + 0.5, y + 0.5, "+", color=POINT, markersize=size, markeredgewidth=1.6)
-    line.set_path_effects(OUTLINE)
+    line.set_path_effects([*OUTLINE])
 
 
 def show_scale(panel: Axes, top: float, label: str) -> None:
@@ -366,7 +367,7 @@ def draw(
     return figure
 
 
-def parse_args():
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     description, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description,
@@ -384,14 +385,14 @@ def parse_args():
         help="pixels of the image; default: the innermost of the best detections",
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.points, args.opts = split_opts(args.points, args.opts)
     return args
 
 
 @exit_on_user_error()
-def main():
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     points = [parse_point(text) for text in args.points]
     cfg = load_config(args.config_file, args.opts)
     image = read_image(args.input)

@@ -8,6 +8,7 @@ Example:
 
 import argparse
 import os
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -50,7 +51,7 @@ def draw_pair(predictor: Predictor, record: dict, threshold: float, width: int) 
     return np.concatenate([left, np.full((len(left), 8, 3), 255, np.uint8), right], axis=1)
 
 
-def parse_args():
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--output", default="predictions.png", help="the PNG to write")
@@ -60,7 +61,7 @@ def parse_args():
     parser.add_argument("--width", type=int, default=384, help="width of one picture in pixels")
     parser.add_argument("--threshold", type=float, default=0.5, help="lowest score drawn")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name in ("images", "columns", "width"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -68,8 +69,8 @@ def parse_args():
 
 
 @exit_on_user_error()
-def main():
-    args = parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
     if not (args.dataset or cfg.DATASETS.TEST):
         raise UserError("DATASETS.TEST is empty; name a dataset with --dataset")
