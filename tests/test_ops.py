@@ -108,6 +108,27 @@ def test_opcheck(operator, reference, case, device):
 
 @OPERATORS
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 1, 3, 4), (1, 4, 1, 5), (1, 4, 5, 1), (2, 4, 1, 1)], ids=str)
+def test_results_without_data_have_the_same_strides(operator, reference, shape, layout, device):
+    """Where a size is one, layouts are ambiguous; csrc/carafe.cpp and ops.py must agree on them."""
+    case = Case(shape, dtype=F32, layout=layout)
+    inputs = [tensor.detach() for tensor in case.inputs(operator, device)]
+    forward = getattr(torch.ops.carafe_d2, operator.__name__).default
+    backward = backward_of(operator).default
+    grad_output = torch.randn_like(forward(*inputs, *case.parameters))
+    for op, arguments in (
+        (forward, (*inputs, *case.parameters)),
+        *(
+            (backward, (grad_output, *inputs, *case.parameters, *w))
+            for w in ((1, 1), (0, 1), (1, 0))
+        ),
+    ):
+        torch.library.opcheck(op, arguments, test_utils="test_faketensor")
+
+
+@OPERATORS
+@pytest.mark.parametrize("device", DEVICES)
 def test_only_the_gradient_that_is_needed_is_computed(operator, reference, device):
     features, kernels = Case().inputs(operator, device)
     out = operator(features.detach(), kernels, *Case().parameters)
