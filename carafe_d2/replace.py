@@ -9,7 +9,6 @@ here needs Detectron2.
 """
 
 import copy
-import inspect
 import sys
 import threading
 import traceback
@@ -76,13 +75,9 @@ class UpsamplingReport(list[UpsamplingSite]):
             table += "\n\n" + _table([("left alone", "was", "because"), *self._left_alone_rows()])
         return table
 
-    def _left_alone_rows(self) -> Iterator[tuple[str, str, str]]:
+    def _left_alone_rows(self) -> Iterator[tuple[str, ...]]:
         """One row for all that a module does in the same way, e.g. for every box."""
-
-        def module(site: UpsamplingSite) -> tuple[str, str]:
-            return site.name.rpartition(".")[0], site.was
-
-        for _, group in groupby(self.left_alone, key=module):
+        for _, group in groupby(self.left_alone, lambda s: (s.name.rpartition(".")[0], s.was)):
             first, *rest = group
             name = f"{first.name} to {rest[-1].name.rpartition('.')[2]}" if rest else first.name
             alike = all(site.reason == first.reason for site in rest)
@@ -91,15 +86,11 @@ class UpsamplingReport(list[UpsamplingSite]):
 
 def _table(rows: Sequence[tuple[str, ...]], right: Sequence[int] = ()) -> str:
     """Lines up columns, those numbered in ``right`` at their right edge."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    columns = []
+    for i, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        columns.append([cell.rjust(width) if i in right else cell.ljust(width) for cell in column])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*columns, strict=True))
 
 
 def replace_upsampling(
@@ -119,9 +110,8 @@ def replace_upsampling(
 
     Replaced are nearest and bilinear ``nn.Upsample`` and ``F.interpolate`` and
     ``nn.ConvTranspose2d`` whose factor is the same integer from 2 to ``max_scale`` in both
-    directions. The example shows which there are and how many channels each sees; it runs twice,
-    in evaluation mode and without gradients: before and, as a check, after the change. A second
-    call finds nothing.
+    directions. The example runs twice, in evaluation mode and without gradients: before, which
+    shows what there is, and, as a check, after the change. A second call finds nothing.
 
     - ``nn.Upsample`` becomes a :class:`CARAFEPack` of the same name.
     - ``nn.ConvTranspose2d`` becomes a :class:`CARAFEConvTranspose2d` of the same name.
@@ -144,12 +134,10 @@ def replace_upsampling(
         example_inputs: a tuple of the positional arguments of ``model``, or the only one. Best are
             sides that are multiples of the model's strides, and large enough that no map to be
             upsampled is a single pixel.
-        include: patterns of names (:func:`fnmatch.fnmatchcase`), only these are replaced; default
-            is all.
+        include: patterns of names (:func:`fnmatch.fnmatchcase`) that are replaced; default is all.
         exclude: patterns of names that are left alone.
-        max_scale: largest factor that is replaced. Those in the paper are all 2. Larger ones mostly
-            enlarge class scores at the end of a network, where the paper keeps to bilinear, and
-            CARAFE predicts the square of the factor as many kernels.
+        max_scale: largest factor that is replaced. Those in the paper are all 2; larger ones mostly
+            enlarge class scores at the end of a network, where the paper keeps to bilinear.
         up_kernel, up_group, encoder_kernel, encoder_dilation, compressed_channels: of every
             :class:`CARAFEPack`.
 
@@ -183,8 +171,7 @@ class CARAFEConvTranspose2d(nn.Module):
     """Stands in for ``nn.ConvTranspose2d``: CARAFE, which keeps channels, then a 1x1 convolution.
 
     Where the number of channels stays there is no convolution, as in the paper's mask head. CARAFE
-    comes first so that it predicts its kernels from all there is; a convolution after it costs no
-    more than a transposed convolution whose kernel is as large as its stride.
+    comes first so that it predicts its kernels from all there is.
 
     Args:
         in_channels, out_channels: channels before and after.
@@ -415,10 +402,16 @@ def _size_factor(before: int, after: int) -> float:
     return 2 if after == 2 * before - 1 > 1 else after / before
 
 
+def _call(
+    runs: Sequence[_Run], output, input, size=None, scale_factor=None, mode="nearest", *_, **__
+) -> _Call:
+    """The note of a call, from what it is in, what it returned and the arguments it had."""
+    noted = torch.empty_like(input, device="meta")
+    return _Call(tuple(runs), noted, input.device, tuple(output.shape[2:]), scale_factor, mode)
+
+
 class _Recorder(TorchFunctionMode):
     """Notes every interpolation in the forward passes that are running."""
-
-    _signature = inspect.signature(F.interpolate)
 
     def __init__(self) -> None:
         super().__init__()
@@ -435,17 +428,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
         if func is F.interpolate:
-            bound = self._signature.bind(*args, **(kwargs or {}))
-            bound.apply_defaults()
-            features = bound.arguments["input"]
-            call = _Call(
-                runs=tuple(self.running),
-                input=torch.empty_like(features, device="meta"),
-                device=features.device,
-                output_size=tuple(output.shape[2:]),
-                scale_factor=bound.arguments["scale_factor"],
-                mode=bound.arguments["mode"],
-            )
+            call = _call(self.running, output, *args, **(kwargs or {}))
             for run in self.running:
                 run.calls.append(call)
         return output
@@ -510,13 +493,6 @@ def _transposed_factor(module: nn.ConvTranspose2d) -> tuple[int, tuple[int, ...]
     return scale, trim, ""
 
 
-def _owner_obstacle(owner: nn.Module) -> str:
-    """Why the interpolations of a module cannot be redirected, or ""."""
-    if isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        return f"{type(owner).__name__} would run a CARAFEPack as one of its layers"
-    return ""
-
-
 def _is_owner(module: nn.Module) -> bool:
     return isinstance(getattr(module, "carafe_upsample", None), _Packs)
 
@@ -579,22 +555,19 @@ class _Plan:
         for name, module in self.model.named_modules():
             if not isinstance(module, nn.ConvTranspose2d):
                 continue
-            channels = module.in_channels
-            was = f"ConvTranspose2d to {module.out_channels}"
+            before, after = module.in_channels, module.out_channels
+            was = f"ConvTranspose2d to {after}"
             scale, trim, reason = _transposed_factor(module)
-            reason = reason or self._objection(name, scale, channels)
-            if not name:
-                reason = "it is the model itself"
-            if reason:
-                self.sites.append(UpsamplingSite(name, was, channels, reason=reason))
+            reason = reason or self._objection(name, scale, before)
+            if reason or not name:
+                reason = reason if name else "it is the model itself"
+                self.sites.append(UpsamplingSite(name, was, before, reason=reason))
                 continue
             bias = module.bias is not None
-            new = CARAFEConvTranspose2d(
-                channels, module.out_channels, scale, trim, bias, **self.options
-            )
+            new = CARAFEConvTranspose2d(before, after, scale, trim, bias, **self.options)
             self._modules[module] = new.to(module.weight)
             added = _count(new) - _count(module)
-            self.sites.append(UpsamplingSite(name, was, channels, scale, added))
+            self.sites.append(UpsamplingSite(name, was, before, scale, added))
 
     def upsampling_modules(self, runs: list[_Run]) -> None:
         """Modules that can be swapped: called for a factor, once in a run of their caller."""
@@ -622,21 +595,16 @@ class _Plan:
     def interpolations(self, runs: list[_Run]) -> None:
         """All other calls, by the modules that make them."""
         runs_of_module: dict[nn.Module, list[_Run]] = {}
-        for run in runs:
-            runs_of_module.setdefault(run.module, []).append(run)
-        own_calls = {
-            run: [c for c in run.calls if c not in self._planned and self._run_of_owner(c) is run]
-            for run in runs
-        }
-        depths = {
-            module: max(run.depth for run in its_runs)
-            for module, its_runs in runs_of_module.items()
-            if any(own_calls[run] for run in its_runs)
-        }
         # What owners further in replace never comes to those further out.
-        for owner in sorted(depths, key=depths.__getitem__, reverse=True):
-            its_runs = runs_of_module[owner]
-            self._interpolations_of(owner, its_runs, [own_calls[run] for run in its_runs])
+        for run in sorted(runs, key=lambda run: run.depth, reverse=True):
+            runs_of_module.setdefault(run.module, []).append(run)
+        for owner, its_runs in runs_of_module.items():
+            own_calls = [
+                [c for c in run.calls if c not in self._planned and self._run_of_owner(c) is run]
+                for run in its_runs
+            ]
+            if any(own_calls):
+                self._interpolations_of(owner, its_runs, own_calls)
 
     def _interpolations_of(
         self, owner: nn.Module, runs: list[_Run], own_calls: list[list[_Call]]
@@ -661,7 +629,12 @@ class _Plan:
 
         packs = {}
         for call in own_calls[0]:
-            obstacle = _earlier_owner(call) or _owner_obstacle(owner)
+            obstacle = _earlier_owner(call)
+            if isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+                obstacle = (
+                    obstacle
+                    or f"{type(owner).__name__} would run a CARAFEPack as one of its layers"
+                )
             site = f"{prefix}.{numbers[call]}"
             if pack := self._pack(site, f"F.interpolate {call.mode}", call, obstacle):
                 packs[numbers[call]] = pack

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from detectron2.modeling import build_model
 
 from carafe_d2 import CarafeCheckpointer, mmdet
@@ -13,134 +14,86 @@ from carafe_d2.errors import UserError
 
 # The modules of MMDetection 2.x and 3.x that have parameters, and those of Detectron2 that compute
 # the same, written down from the sources of both. 1.x lacks "roi_head.".
-RPN_AND_BOXES = """
-rpn_head.rpn_conv                            proposal_generator.rpn_head.conv
-rpn_head.rpn_cls                             proposal_generator.rpn_head.objectness_logits
-rpn_head.rpn_reg                             proposal_generator.rpn_head.anchor_deltas
-roi_head.bbox_head.fc_cls                    roi_heads.box_predictor.cls_score
-roi_head.bbox_head.fc_reg                    roi_heads.box_predictor.bbox_pred
-roi_head.bbox_head.shared_fcs.0              roi_heads.box_head.fc1
-roi_head.bbox_head.shared_fcs.1              roi_heads.box_head.fc2
-"""
-MASKS = """
-roi_head.mask_head.convs.0.conv              roi_heads.mask_head.mask_fcn1
-roi_head.mask_head.convs.1.conv              roi_heads.mask_head.mask_fcn2
-roi_head.mask_head.convs.2.conv              roi_heads.mask_head.mask_fcn3
-roi_head.mask_head.convs.3.conv              roi_heads.mask_head.mask_fcn4
-roi_head.mask_head.conv_logits               roi_heads.mask_head.predictor
-"""
-MASK_DECONVOLUTION = """
-roi_head.mask_head.upsample                  roi_heads.mask_head.deconv
-"""
-MASK_CARAFE = """
-roi_head.mask_head.upsample.channel_compressor  roi_heads.mask_head.upsample.channel_compressor
-roi_head.mask_head.upsample.content_encoder     roi_heads.mask_head.upsample.content_encoder
-"""
-PYRAMID = """
-neck.lateral_convs.0.conv                    backbone.fpn_lateral2
-neck.lateral_convs.1.conv                    backbone.fpn_lateral3
-neck.lateral_convs.2.conv                    backbone.fpn_lateral4
-neck.lateral_convs.3.conv                    backbone.fpn_lateral5
-neck.fpn_convs.0.conv                        backbone.fpn_output2
-neck.fpn_convs.1.conv                        backbone.fpn_output3
-neck.fpn_convs.2.conv                        backbone.fpn_output4
-neck.fpn_convs.3.conv                        backbone.fpn_output5
-"""
-CARAFE_PYRAMID = f"""{PYRAMID}
-neck.lateral_convs.4.conv                    backbone.fpn_lateral6
-neck.fpn_convs.4.conv                        backbone.fpn_output6
-neck.upsample_modules.0.channel_compressor   backbone.fpn_upsample2.channel_compressor
-neck.upsample_modules.0.content_encoder      backbone.fpn_upsample2.content_encoder
-neck.upsample_modules.1.channel_compressor   backbone.fpn_upsample3.channel_compressor
-neck.upsample_modules.1.content_encoder      backbone.fpn_upsample3.content_encoder
-neck.upsample_modules.2.channel_compressor   backbone.fpn_upsample4.channel_compressor
-neck.upsample_modules.2.content_encoder      backbone.fpn_upsample4.content_encoder
-neck.upsample_modules.3.channel_compressor   backbone.fpn_upsample5.channel_compressor
-neck.upsample_modules.3.content_encoder      backbone.fpn_upsample5.content_encoder
-"""
-RETINANET_PYRAMID = """
-neck.lateral_convs.0.conv                    backbone.fpn_lateral3
-neck.lateral_convs.1.conv                    backbone.fpn_lateral4
-neck.lateral_convs.2.conv                    backbone.fpn_lateral5
-neck.fpn_convs.0.conv                        backbone.fpn_output3
-neck.fpn_convs.1.conv                        backbone.fpn_output4
-neck.fpn_convs.2.conv                        backbone.fpn_output5
-"""
-RETINANET_P6_P7 = """
-neck.fpn_convs.3.conv                        backbone.top_block.p6
-neck.fpn_convs.4.conv                        backbone.top_block.p7
-"""
-RETINANET_CARAFE = """
-neck.lateral_convs.3.conv                    backbone.fpn_lateral6
-neck.lateral_convs.4.conv                    backbone.fpn_lateral7
-neck.fpn_convs.3.conv                        backbone.fpn_output6
-neck.fpn_convs.4.conv                        backbone.fpn_output7
-neck.upsample_modules.0.channel_compressor   backbone.fpn_upsample3.channel_compressor
-neck.upsample_modules.0.content_encoder      backbone.fpn_upsample3.content_encoder
-neck.upsample_modules.1.channel_compressor   backbone.fpn_upsample4.channel_compressor
-neck.upsample_modules.1.content_encoder      backbone.fpn_upsample4.content_encoder
-neck.upsample_modules.2.channel_compressor   backbone.fpn_upsample5.channel_compressor
-neck.upsample_modules.2.content_encoder      backbone.fpn_upsample5.content_encoder
-neck.upsample_modules.3.channel_compressor   backbone.fpn_upsample6.channel_compressor
-neck.upsample_modules.3.content_encoder      backbone.fpn_upsample6.content_encoder
-"""
-RETINANET_HEAD = """
-bbox_head.cls_convs.0.conv                   head.cls_subnet.0
-bbox_head.cls_convs.1.conv                   head.cls_subnet.2
-bbox_head.cls_convs.2.conv                   head.cls_subnet.4
-bbox_head.cls_convs.3.conv                   head.cls_subnet.6
-bbox_head.reg_convs.0.conv                   head.bbox_subnet.0
-bbox_head.reg_convs.1.conv                   head.bbox_subnet.2
-bbox_head.reg_convs.2.conv                   head.bbox_subnet.4
-bbox_head.reg_convs.3.conv                   head.bbox_subnet.6
-bbox_head.retina_cls                         head.cls_score
-bbox_head.retina_reg                         head.bbox_pred
-"""
+RPN_AND_BOXES = [
+    ("rpn_head.rpn_conv", "proposal_generator.rpn_head.conv"),
+    ("rpn_head.rpn_cls", "proposal_generator.rpn_head.objectness_logits"),
+    ("rpn_head.rpn_reg", "proposal_generator.rpn_head.anchor_deltas"),
+    ("roi_head.bbox_head.fc_cls", "roi_heads.box_predictor.cls_score"),
+    ("roi_head.bbox_head.fc_reg", "roi_heads.box_predictor.bbox_pred"),
+    ("roi_head.bbox_head.shared_fcs.0", "roi_heads.box_head.fc1"),
+    ("roi_head.bbox_head.shared_fcs.1", "roi_heads.box_head.fc2"),
+]
+MASKS = [
+    *(
+        (f"roi_head.mask_head.convs.{i}.conv", f"roi_heads.mask_head.mask_fcn{i + 1}")
+        for i in range(4)
+    ),
+    ("roi_head.mask_head.conv_logits", "roi_heads.mask_head.predictor"),
+]
+MASK_DECONVOLUTION = [("roi_head.mask_head.upsample", "roi_heads.mask_head.deconv")]
+
+
+def carafe(theirs, ours):
+    return [
+        (f"{theirs}.{name}", f"{ours}.{name}") for name in ("channel_compressor", "content_encoder")
+    ]
+
+
+def pyramid(convolutions, upsamplers, finest):
+    """A pyramid of so many levels with lateral convolutions and so many CARAFEs."""
+    pairs = []
+    for i in range(convolutions):
+        pairs.append((f"neck.lateral_convs.{i}.conv", f"backbone.fpn_lateral{finest + i}"))
+        pairs.append((f"neck.fpn_convs.{i}.conv", f"backbone.fpn_output{finest + i}"))
+    for i in range(upsamplers):
+        pairs += carafe(f"neck.upsample_modules.{i}", f"backbone.fpn_upsample{finest + i}")
+    return pairs
+
+
+MASK_CARAFE = carafe("roi_head.mask_head.upsample", "roi_heads.mask_head.upsample")
+PYRAMID = pyramid(4, 0, finest=2)
+CARAFE_PYRAMID = pyramid(5, 4, finest=2)
+RETINANET_P6_P7 = [
+    ("neck.fpn_convs.3.conv", "backbone.top_block.p6"),
+    ("neck.fpn_convs.4.conv", "backbone.top_block.p7"),
+]
+RETINANET_HEAD = [
+    *((f"bbox_head.cls_convs.{i}.conv", f"head.cls_subnet.{2 * i}") for i in range(4)),
+    *((f"bbox_head.reg_convs.{i}.conv", f"head.bbox_subnet.{2 * i}") for i in range(4)),
+    ("bbox_head.retina_cls", "head.cls_score"),
+    ("bbox_head.retina_reg", "head.bbox_pred"),
+]
 DETECTORS = {
     "faster_rcnn_R50_FPN_1x": PYRAMID + RPN_AND_BOXES,
     "faster_rcnn_R50_FPN_carafe_1x": CARAFE_PYRAMID + RPN_AND_BOXES,
     "mask_rcnn_R50_FPN_1x": PYRAMID + RPN_AND_BOXES + MASKS + MASK_DECONVOLUTION,
     "mask_rcnn_R50_FPN_carafe_1x": CARAFE_PYRAMID + RPN_AND_BOXES + MASKS + MASK_CARAFE,
-    "retinanet_R50_FPN_1x": RETINANET_PYRAMID + RETINANET_P6_P7 + RETINANET_HEAD,
-    "retinanet_R50_FPN_carafe_1x": RETINANET_PYRAMID + RETINANET_CARAFE + RETINANET_HEAD,
+    "retinanet_R50_FPN_1x": pyramid(3, 0, finest=3) + RETINANET_P6_P7 + RETINANET_HEAD,
+    "retinanet_R50_FPN_carafe_1x": pyramid(5, 4, finest=3) + RETINANET_HEAD,
 }
 # The modules of MMDetection 3.3's mask-rcnn_r50_fpn-carafe_1x_coco behind the backbone, with the
 # shapes of their weights; each has a bias.
-PUBLISHED_SHAPES = """
-neck.lateral_convs.0.conv 256 256 1 1
-neck.lateral_convs.1.conv 256 512 1 1
-neck.lateral_convs.2.conv 256 1024 1 1
-neck.lateral_convs.3.conv 256 2048 1 1
-neck.lateral_convs.4.conv 256 2048 3 3
-neck.fpn_convs.0.conv 256 256 3 3
-neck.fpn_convs.1.conv 256 256 3 3
-neck.fpn_convs.2.conv 256 256 3 3
-neck.fpn_convs.3.conv 256 256 3 3
-neck.fpn_convs.4.conv 256 256 3 3
-neck.upsample_modules.0.channel_compressor 64 256 1 1
-neck.upsample_modules.0.content_encoder 100 64 3 3
-neck.upsample_modules.1.channel_compressor 64 256 1 1
-neck.upsample_modules.1.content_encoder 100 64 3 3
-neck.upsample_modules.2.channel_compressor 64 256 1 1
-neck.upsample_modules.2.content_encoder 100 64 3 3
-neck.upsample_modules.3.channel_compressor 64 256 1 1
-neck.upsample_modules.3.content_encoder 100 64 3 3
-rpn_head.rpn_conv 256 256 3 3
-rpn_head.rpn_cls 3 256 1 1
-rpn_head.rpn_reg 12 256 1 1
-roi_head.bbox_head.fc_cls 81 1024
-roi_head.bbox_head.fc_reg 320 1024
-roi_head.bbox_head.shared_fcs.0 1024 12544
-roi_head.bbox_head.shared_fcs.1 1024 1024
-roi_head.mask_head.convs.0.conv 256 256 3 3
-roi_head.mask_head.convs.1.conv 256 256 3 3
-roi_head.mask_head.convs.2.conv 256 256 3 3
-roi_head.mask_head.convs.3.conv 256 256 3 3
-roi_head.mask_head.upsample.channel_compressor 64 256 1 1
-roi_head.mask_head.upsample.content_encoder 100 64 3 3
-roi_head.mask_head.conv_logits 80 256 1 1
-"""
+CONV_3X3 = [256, 256, 3, 3]
+CARAFE_SHAPES = {"channel_compressor": [64, 256, 1, 1], "content_encoder": [100, 64, 3, 3]}
+PUBLISHED_SHAPES = {
+    **{f"neck.lateral_convs.{i}.conv": [256, 256 * 2**i, 1, 1] for i in range(4)},
+    "neck.lateral_convs.4.conv": [256, 2048, 3, 3],
+    **{f"neck.fpn_convs.{i}.conv": CONV_3X3 for i in range(5)},
+    **{f"neck.upsample_modules.{i}.{k}": v for i in range(4) for k, v in CARAFE_SHAPES.items()},
+    "rpn_head.rpn_conv": CONV_3X3,
+    "rpn_head.rpn_cls": [3, 256, 1, 1],
+    "rpn_head.rpn_reg": [12, 256, 1, 1],
+    "roi_head.bbox_head.fc_cls": [81, 1024],
+    "roi_head.bbox_head.fc_reg": [320, 1024],
+    "roi_head.bbox_head.shared_fcs.0": [1024, 12544],
+    "roi_head.bbox_head.shared_fcs.1": [1024, 1024],
+    **{f"roi_head.mask_head.convs.{i}.conv": CONV_3X3 for i in range(4)},
+    **{f"roi_head.mask_head.upsample.{k}": v for k, v in CARAFE_SHAPES.items()},
+    "roi_head.mask_head.conv_logits": [80, 256, 1, 1],
+}
+CONFIGS = Path(__file__).parents[1] / "configs"
 CLASSES = 5
+assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 # Says nothing of which parameters a model has.
 SMALL = [
     *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"),
@@ -153,8 +106,7 @@ SMALL = [
 @functools.cache
 def build(config, *overrides):
     """A small model of a config; tests share it and load weights of their own."""
-    path = Path(__file__).parents[1] / "configs" / f"{config}.yaml"
-    return build_model(load_config(str(path), [*SMALL, *overrides])).eval()
+    return build_model(load_config(str(CONFIGS / f"{config}.yaml"), [*SMALL, *overrides])).eval()
 
 
 def resnet_modules(blocks, convolutions):
@@ -174,9 +126,7 @@ def resnet_modules(blocks, convolutions):
 
 
 def module_pairs(config, blocks=(2, 2, 2, 2), convolutions=2):
-    lines = DETECTORS[config].split()
-    pairs = zip(lines[::2], lines[1::2], strict=True)
-    return [*resnet_modules(blocks, convolutions), *pairs]
+    return [*resnet_modules(blocks, convolutions), *DETECTORS[config]]
 
 
 def parameter_pairs(config, model):
@@ -223,40 +173,18 @@ def load(model, state_dict, tmp_path, **meta):
     return model.state_dict()
 
 
-def assert_same(state_dict, other):
-    assert state_dict.keys() == other.keys()
-    for name, tensor in state_dict.items():
-        assert torch.equal(tensor, other[name]), name
-
-
 def test_published_names_and_shapes_fit_the_config_as_it_is(tmp_path):
-    shapes = {"backbone.conv1.weight": [64, 3, 7, 7]}
-    shapes |= {f"backbone.bn1.{k}": [64] for k in ("weight", "bias", "running_mean", "running_var")}
-    in_channels = 64
-    for stage, blocks in enumerate((3, 4, 6, 3), start=1):
-        channels = 32 * 2**stage
-        for block in range(blocks):
-            convolutions = {
-                ("conv1", "bn1"): [channels, in_channels, 1, 1],
-                ("conv2", "bn2"): [channels, channels, 3, 3],
-                ("conv3", "bn3"): [4 * channels, channels, 1, 1],
-            }
-            if block == 0:
-                convolutions["downsample.0", "downsample.1"] = [4 * channels, in_channels, 1, 1]
-            for (conv, norm), shape in convolutions.items():
-                prefix = f"backbone.layer{stage}.{block}"
-                shapes[f"{prefix}.{conv}.weight"] = shape
-                for kind in ("weight", "bias", "running_mean", "running_var"):
-                    shapes[f"{prefix}.{norm}.{kind}"] = shape[:1]
-            in_channels = 4 * channels
-    for line in PUBLISHED_SHAPES.split("\n")[1:-1]:
-        module, *shape = line.split()
-        shapes[f"{module}.weight"] = [int(n) for n in shape]
-        shapes[f"{module}.bias"] = [int(shape[0])]
+    shapes = {
+        f"backbone.{name}": list(tensor.shape)
+        for name, tensor in torchvision.models.resnet50().state_dict().items()
+        if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
+    }
+    for module, shape in PUBLISHED_SHAPES.items():
+        shapes |= {f"{module}.weight": shape, f"{module}.bias": shape[:1]}
     state_dict = random_state_dict(shapes)
     assert len(state_dict) == 382
 
-    path = Path(__file__).parents[1] / "configs" / "mask_rcnn_R50_FPN_carafe_1x.yaml"
+    path = CONFIGS / "mask_rcnn_R50_FPN_carafe_1x.yaml"
     model = build_model(load_config(str(path), ["MODEL.DEVICE", "cpu"]))
     loaded = load(model, state_dict, tmp_path)
     pairs = dict(module_pairs("mask_rcnn_R50_FPN_carafe_1x", (3, 4, 6, 3), 3))
@@ -289,27 +217,6 @@ def test_classes_of_1x_are_put_in_order(config, tmp_path):
         elif theirs.startswith("mask_head.conv_logits"):
             rows = rows[1:]
         assert torch.equal(rows, loaded[ours]), theirs
-
-    # The same in terms of what is predicted: class c is 1 + c in 1.x, where 0 is the background.
-    features = torch.rand(3, 8)
-    linear = torch.nn.functional.linear
-    old = {
-        name: linear(
-            features,
-            state_dict[f"bbox_head.{name}.weight"],
-            state_dict[f"bbox_head.{name}.bias"],
-        )
-        for name in ("fc_cls", "fc_reg")
-    }
-    scores, deltas = model.roi_heads.box_predictor(features)
-    old_probabilities = old["fc_cls"].softmax(dim=1)
-    probabilities = scores.softmax(dim=1)
-    for c in range(CLASSES):
-        torch.testing.assert_close(probabilities[:, c], old_probabilities[:, 1 + c])
-        torch.testing.assert_close(
-            deltas[:, 4 * c : 4 * c + 4], old["fc_reg"][:, 4 + 4 * c : 8 + 4 * c]
-        )
-    torch.testing.assert_close(probabilities[:, CLASSES], old_probabilities[:, 0])
 
 
 def test_class_agnostic_predictors_of_1x_have_no_background(tmp_path):

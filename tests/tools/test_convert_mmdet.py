@@ -1,10 +1,8 @@
 """tools/convert_mmdet.py, from the command line."""
 
-import json
-import os
+import functools
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from carafe_d2.config import load_config
 ROOT = Path(__file__).parents[2]
 SHAPES = str(ROOT / "configs" / "shapes_mask_rcnn_R18_FPN_carafe.yaml")
 CLASSES = 6
+assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 @pytest.fixture
@@ -55,12 +54,6 @@ def model(norm):
     return model
 
 
-def assert_same(weights, other):
-    assert weights.keys() == other.keys()
-    for name, tensor in weights.items():
-        assert torch.equal(tensor, other[name]), name
-
-
 def load_in_plain_detectron2(path, norm, caplog):
     model = build(norm)
     caplog.clear()
@@ -70,10 +63,11 @@ def load_in_plain_detectron2(path, norm, caplog):
 
 
 @pytest.mark.parametrize("layout", ["1.x", "2.x", "3.x"])
-def test_detectron2_to_mmdetection_and_back(convert, model, norm, layout, caplog):
+def test_detectron2_to_mmdetection_and_back(convert, model, norm, layout, caplog, capsys):
     checkpoint = {"model": model.state_dict(), "optimizer": {"lr": 1}, "iteration": 7}
     torch.save(checkpoint, "d2.pth")
     written = convert("d2.pth", "mmdet.pth", "--layout", layout, "--dataset", "shapes_val")
+    assert "Left out: iteration, optimizer" in capsys.readouterr().out
     assert written["meta"]["CLASSES"] == ("disc", "ring", "star", "cross", "crescent", "blob")
     head = "bbox_head" if layout == "1.x" else "roi_head.bbox_head"
     rows = 4 * (CLASSES + (layout == "1.x"))
@@ -114,12 +108,6 @@ def test_layout_1x_to_layout_2x(convert, model):
     assert_same(written["state_dict"], expected["state_dict"])
 
 
-def test_what_is_left_out_is_said(convert, model, capsys):
-    torch.save({"model": model.state_dict(), "optimizer": {}, "iteration": 7}, "d2.pth")
-    convert("d2.pth", "mmdet.pth")
-    assert "Left out: iteration, optimizer" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -154,34 +142,3 @@ def test_mistakes_get_one_clear_line(convert, tmp_path, arguments, message):
     assert re.match(f"error: .*{message}", error)
     assert "\n" not in error
     assert not (tmp_path / "out.pth").exists()
-
-
-@pytest.mark.slow
-def test_converted_checkpoint_evaluates_to_the_same_results(tmp_path):
-    def run(program, *arguments):
-        done = subprocess.run(
-            [sys.executable, *map(str, (program, *arguments))],
-            env={**os.environ, "DETECTRON2_DATASETS": str(tmp_path)},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    run("-m", "carafe_d2.data.shapes", "--root", tmp_path, "--train", 1, "--val", 3, "--size", 64)
-    torch.manual_seed(0)
-    model = build("BN")
-    torch.nn.init.normal_(model.roi_heads.box_predictor.cls_score.weight)
-    torch.save({"model": model.state_dict()}, tmp_path / "d2.pth")
-    tool = ROOT / "tools" / "convert_mmdet.py"
-    run(tool, tmp_path / "d2.pth", tmp_path / "mmdet.pth", "--layout", "1.x")
-    results = []
-    for name in ("d2", "mmdet"):
-        run(
-            *(ROOT / "train_net.py", "--eval-only", "--config-file", SHAPES),
-            *("MODEL.WEIGHTS", tmp_path / f"{name}.pth", "OUTPUT_DIR", tmp_path / name),
-            *("INPUT.MIN_SIZE_TEST", 64, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
-        )
-        file = tmp_path / name / "inference" / "coco_instances_results.json"
-        results.append(json.loads(file.read_text()))
-    assert results[0] == results[1] != []
