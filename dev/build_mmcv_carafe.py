@@ -140,7 +140,8 @@ def compile_kernels(sources: Path, nvcc: str, setup: dict, library: Path) -> Non
     # PyTorch's headers include those of cuBLAS and the like, which a toolkit may come without.
     # Last in line, so that they do not displace headers of the toolkit that nvcc belongs to.
     nvidia = importlib.util.find_spec("nvidia")
-    folders = [Path(folder) for folder in (nvidia.submodule_search_locations if nvidia else [])]
+    locations = (nvidia.submodule_search_locations if nvidia else None) or []
+    folders = [Path(folder) for folder in locations]
     spare = [path for folder in folders for path in sorted(folder.glob("*/include"))]
     host = ["-fPIC", *(word for path in spare for word in ("-idirafter", str(path)))]
 
@@ -159,12 +160,12 @@ def compile_kernels(sources: Path, nvcc: str, setup: dict, library: Path) -> Non
         raise UserError("mmcv's kernels did not compile; see the messages above")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("source", type=Path, help="mmcv's source archive (.tar.gz) or folder")
     parser.add_argument("--output", type=Path, metavar="FOLDER", default=Path("output/mmcv"),
         help="where the package goes (default: output/mmcv)")  # fmt: skip
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(argv)
 
     setup = runpy.run_path(str(SETUP))
     nvcc = setup["find_nvcc"]()
