@@ -68,7 +68,7 @@ def installed(wheel, tmp_path_factory):
     (site_packages,) = environment.glob("lib/python*/site-packages")
     # Comes after the wheel's folder, and an editable installation in it has no effect.
     (site_packages / "others.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
-    return lambda code: run(python, "-c", code, cwd=environment)
+    return lambda code: run(python, "-I", "-c", code, cwd=environment)  # without PYTHONPATH
 
 
 def test_archive_has_every_file(built, files):
