@@ -134,15 +134,6 @@ def test_unet_is_changed_by_name_and_trains(build, names):
     assert torch.equal(model(x), expected)
 
 
-@pytest.mark.parametrize("build", [unet_upsample, unet_interpolate])
-def test_the_rest_of_the_model_computes_what_it_did(build):
-    model, x = build(), torch.randn(2, 3, 32, 48)
-    expected = model(x)
-    replace_upsampling(model, x)
-    assert len(as_nearest(model)) == 2
-    torch.testing.assert_close(model(x), expected)
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -255,8 +246,7 @@ def test_torchvision_pyramid_of_any_size_stays_aligned(size):
     assert names(report) == [f"carafe_upsample.{k}" for k in range(3)]
     assert isinstance(model, FeaturePyramidNetwork)
     as_nearest(model)
-    for name, level in model(x).items():
-        torch.testing.assert_close(level, expected[name])
+    torch.testing.assert_close(model(x), expected)
 
 
 # ---------------------------------------------------------------- torchvision's models
@@ -279,39 +269,17 @@ def test_faster_rcnn():
     assert len(model.eval()([image, torch.rand(3, 96, 61)])) == 2
 
 
-def at(model, site):
-    return model.get_submodule(site.name)
-
-
 def test_lraspp():
     model = segmentation.lraspp_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=5
     )
     x = torch.rand(2, 3, 64, 64)
-    (site,) = report = replace_upsampling(model, x)
-    assert site.name == "classifier.carafe_upsample.0"
+    report = replace_upsampling(model, x)
+    assert names(report) == ["classifier.carafe_upsample.0"]
     assert reasons(report) == {"carafe_upsample.0": "factor 8 is above max_scale = 2"}
-    model(x)["out"].sum().backward()
-    assert all(p.grad is not None for p in at(model, site).parameters())
-
-
-def test_scores_of_deeplab_if_asked_for():
-    """The model calls it after a module of its own that interpolates, too."""
-    model = segmentation.deeplabv3_mobilenet_v3_large(
-        weights=None, weights_backbone=None, num_classes=5, aux_loss=True
-    ).eval()
-    x = torch.rand(1, 3, 64, 64)
-    expected = model(x)
-    options = {"include": ["carafe_upsample.0"], "compressed_channels": 8}
-    report = replace_upsampling(model, x, max_scale=16, **options)
+    report = replace_upsampling(model, x, max_scale=8, compressed_channels=8)
     assert names(report) == ["carafe_upsample.0"]
-    assert reasons(report)["carafe_upsample.1"] == "not included"
-    assert isinstance(model, segmentation.DeepLabV3)
-    out = model(x)
-    assert out["out"].shape == (1, 5, 64, 64)
-    assert not torch.equal(out["out"], expected["out"])
-    assert torch.equal(out["aux"], expected["aux"])
-    assert model(torch.rand(1, 3, 75, 50))["out"].shape == (1, 5, 75, 50)
+    assert model(torch.rand(2, 3, 75, 50))["out"].shape == (2, 5, 75, 50)
 
 
 # ----------------------------------------------------------------- which call is which
@@ -362,7 +330,9 @@ def test_calls_are_told_apart():
     }
     calls = []
     for site in report:
-        at(model, site).register_forward_hook(lambda *_, name=site.name: calls.append(name))
+        model.get_submodule(site.name).register_forward_hook(
+            lambda *_, name=site.name: calls.append(name)
+        )
     model(x)
     assert calls == ["inner.carafe_upsample.0", *own]
     as_nearest(model)
@@ -577,27 +547,6 @@ def test_copies(build, names, clone):
     assert torch.equal(other(x), model(x))
 
 
-def set_on_the_instance():
-    model = Interpolate()
-    model.forward = functools.partial(Interpolate.forward, model)
-    return model
-
-
-class OwnCopy(Interpolate):
-    def __reduce__(self):
-        return OwnCopy, (), {**vars(self), "copied": True}
-
-
-@pytest.mark.parametrize("build", [set_on_the_instance, lambda: OwnCopy()])
-def test_forward_and_copying_may_be_unusual(build, clone):
-    model, x = build(), torch.randn(MAP)
-    kind = type(model)
-    assert names(replace_upsampling(model, x)) == ["carafe_upsample.0"]
-    assert type(model) is kind
-    assert not torch.equal(model(x), F.interpolate(x, scale_factor=2))
-    assert torch.equal(clone(model)(x), model(x))
-
-
 def test_no_hook_takes_the_number_of_a_loaded_one(monkeypatch):
     """As after loading in a new process, where hooks are numbered from 0 again."""
     monkeypatch.setattr(RemovableHandle, "next_id", 0)
@@ -691,9 +640,7 @@ def test_exports_with_dynamic_sizes():
     shapes = {name: {2: 2 ** (3 - int(name)) * side} for name in x}
     program = torch.export.export(model, (pyramid_inputs(64, 32),), dynamic_shapes=(shapes,))
     inputs = pyramid_inputs(96, 32)
-    expected = model(inputs)
-    for name, level in program.module()(inputs).items():
-        torch.testing.assert_close(level, expected[name])
+    torch.testing.assert_close(program.module()(inputs), model(inputs))
 
 
 def test_activation_checkpointing():
