@@ -116,14 +116,9 @@ def _blob(rng: np.random.Generator) -> list[np.ndarray]:
     return [outline * (radii / radii.max())[:, None]]
 
 
-OUTLINES: dict[str, Callable[[np.random.Generator], list[np.ndarray]]] = {
-    "disc": _disc,
-    "ring": _ring,
-    "star": _star,
-    "cross": _cross,
-    "crescent": _crescent,
-    "blob": _blob,
-}
+OUTLINES: dict[str, Callable[[np.random.Generator], list[np.ndarray]]] = dict(
+    zip(CATEGORIES, (_disc, _ring, _star, _cross, _crescent, _blob), strict=True)
+)
 
 
 def _place(rng: np.random.Generator, outlines: list[np.ndarray], size: int) -> list[np.ndarray]:
@@ -329,15 +324,9 @@ def _generate(folder: Path, spec: ShapesSpec) -> dict:
         image, objects = render(spec, index)
         # Compression 1: hardly larger with grain in the image, and much quicker.
         png = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
-        (folder / _file_name(index)).write_bytes(png.tobytes())
-        images.append(
-            {
-                "id": index + 1,
-                "file_name": _file_name(index),
-                "height": spec.size,
-                "width": spec.size,
-            }
-        )
+        name, side = _file_name(index), spec.size
+        (folder / name).write_bytes(png.tobytes())
+        images.append({"id": index + 1, "file_name": name, "height": side, "width": side})
         for category, mask in objects:
             annotations.append(
                 {
@@ -378,11 +367,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     root = datasets_root(args.root)
-    specs = [
-        ShapesSpec(split, images, args.size, args.seed, args.max_objects)
-        for split, images in (("train", args.train), ("val", args.val))
-    ]
-    for spec in specs:
+    of_both = (args.size, args.seed, args.max_objects)
+    for spec in [ShapesSpec("train", args.train, *of_both), ShapesSpec("val", args.val, *of_both)]:
         generate_split(root, spec)
 
 
