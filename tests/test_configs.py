@@ -14,11 +14,11 @@ from detectron2.utils.events import EventStorage
 
 from carafe_d2 import CarafeFPN, CARAFEPack
 from carafe_d2.config import load_config
+from carafe_d2.upsample import UPSAMPLERS
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 # Small enough for two CPU cores; says nothing of what a config selects.
 SMALL = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "20"]
-FPN_CHOICES = ["carafe", "nearest", "bilinear", "deconv", "pixel_shuffle"]
 HEAD_CHOICES = ["carafe", "deconv", "nearest", "bilinear"]
 
 
@@ -65,7 +65,7 @@ def test_config_trains_and_predicts(path):
 
 @pytest.mark.parametrize(
     ("pyramid", "head"),
-    [(name, "carafe") for name in FPN_CHOICES] + [("carafe", name) for name in HEAD_CHOICES[1:]],
+    [(name, "carafe") for name in UPSAMPLERS] + [("carafe", name) for name in HEAD_CHOICES[1:]],
 )
 def test_every_upsampler_trains_and_predicts(pyramid, head):
     keys = ["MODEL.FPN.UPSAMPLE", pyramid, "MODEL.ROI_MASK_HEAD.UPSAMPLE", head]

@@ -173,11 +173,12 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+# fidelity.md names files of MMDetection's.
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "fidelity.md"], ids=name_of)
 def test_files_that_are_named_exist(page):
     folders = r"(?:carafe_d2|configs|csrc|dev|docs|tests|tools)/"
     for name in re.findall(rf"`({folders}[\w./-]*\.\w+)`", prose(page)):
-        assert (ROOT / name).exists(), name
+        assert "NAME" in name or (ROOT / name).exists(), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

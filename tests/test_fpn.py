@@ -157,7 +157,7 @@ def test_retinanet_backbone_has_two_extra_levels():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("MODEL.FPN.UPSAMPLE", "bicubic"),
+        ("MODEL.FPN.UPSAMPLE", "lanczos"),
         ("MODEL.CARAFE.UP_KERNEL", 4),
         ("MODEL.CARAFE.ENCODER_KERNEL", -1),
         ("MODEL.CARAFE.COMPRESSED_CHANNELS", 0),

@@ -124,7 +124,7 @@ def test_head_without_config():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("MODEL.SEM_SEG_HEAD.UPSAMPLE", "bicubic"),
+        ("MODEL.SEM_SEG_HEAD.UPSAMPLE", "lanczos"),
         ("MODEL.CARAFE.UP_KERNEL", 4),
         ("MODEL.CARAFE.UP_GROUP", 3),
     ],

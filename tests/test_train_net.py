@@ -154,7 +154,7 @@ MISTAKES = [
     (YAML, ["--config-file", "absent.yaml"], r"config file 'absent\.yaml' does not exist"),
     (YAML, ["MODEL.NONSENSE", "1"], r"Non-existent (config )?key: MODEL\.NONSENSE"),
     (YAML, ["MODEL.WEIGHTS", "absent.pth"], r"weights absent\.pth do not exist.*MODEL\.WEIGHTS"),
-    (YAML, ["MODEL.FPN.UPSAMPLE", "bicubic"], r"MODEL\.FPN\.UPSAMPLE must be one of .*'bicubic'"),
+    (YAML, ["MODEL.FPN.UPSAMPLE", "lanczos"], r"MODEL\.FPN\.UPSAMPLE must be one of .*'lanczos'"),
     (YAML, ["MODEL.CARAFE.UP_GROUP", "5"], r"MODEL\.CARAFE\.UP_GROUP = 5 must divide the 64"),
     (YAML, ["SOLVER.OPTIMIZER", "Adam"], r"SOLVER\.OPTIMIZER must be SGD or AdamW, got 'Adam'"),
     (YAML, ["DATASETS.TRAIN", "('nonsense',)"], r"dataset 'nonsense' .* is not registered"),

@@ -176,7 +176,7 @@ def test_deconvolution_kernels(kernel_size):
         ({"name": "deconv", "kernel_size": 0}, "kernel_size 0 cannot upsample exactly by 2"),
         ({"name": "deconv", "scale_factor": 5}, "kernel_size 3 cannot upsample exactly by 5"),
         ({"name": "pixel_shuffle", "kernel_size": 4}, "kernel_size must be odd, got 4"),
-        ({"name": "bicubic"}, r"carafe, nearest.*'bicubic'"),
+        ({"name": "lanczos"}, r"carafe, nearest.*'lanczos'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
