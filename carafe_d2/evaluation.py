@@ -1,9 +1,13 @@
 """The evaluators of a dataset, by the ``evaluator_type`` in its metadata."""
 
+import logging
+import os
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import convert_to_coco_json
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
@@ -15,22 +19,50 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from detectron2.utils import comm
 
+from .data.checks import complete_annotations
 from .errors import UserError
 
-# As in Detectron2's tools/train_net.py. Each is made of a dataset and an output folder.
-EVALUATORS: dict[str, list[Callable[[str, str], DatasetEvaluator]]] = {
-    "coco": [lambda name, folder: COCOEvaluator(name, output_dir=folder)],
-    "sem_seg": [lambda name, folder: SemSegEvaluator(name, output_dir=folder)],
+logger = logging.getLogger(__name__)
+
+_COCO_LIMIT = 100  # detections of an image that COCO's metrics count
+
+
+def _coco_evaluator(name: str, folder: str, cfg: CfgNode | None) -> COCOEvaluator:
+    """Detectron2's evaluator, of annotations as they are today and complete."""
+    if not hasattr(MetadataCatalog.get(name), "json_file"):
+        # Of a dataset that is a function, Detectron2 would take what an earlier run wrote.
+        if comm.is_main_process():
+            cache = os.path.join(folder, f"{name}_coco_format.json")
+            convert_to_coco_json(name, cache, allow_cached=False)
+        comm.synchronize()
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE if cfg else _COCO_LIMIT
+    if limit > _COCO_LIMIT:
+        logger.info(f"AP counts up to {limit} detections of an image, not COCO's {_COCO_LIMIT}.")
+    evaluator = COCOEvaluator(
+        name,
+        output_dir=folder,
+        max_dets_per_image=limit if limit > _COCO_LIMIT else None,
+        kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS if cfg else (),
+    )
+    complete_annotations(evaluator._coco_api, evaluator._metadata.json_file)
+    return evaluator
+
+
+# As in Detectron2's tools/train_net.py. Each is made of a dataset, an output folder and a config.
+EVALUATORS: dict[str, list[Callable[[str, str, CfgNode | None], DatasetEvaluator]]] = {
+    "coco": [_coco_evaluator],
+    "sem_seg": [lambda name, folder, _: SemSegEvaluator(name, output_dir=folder)],
     "coco_panoptic_seg": [
-        lambda name, folder: SemSegEvaluator(name, output_dir=folder),
-        lambda name, folder: COCOEvaluator(name, output_dir=folder),
-        lambda name, folder: COCOPanopticEvaluator(name, folder),
+        lambda name, folder, _: SemSegEvaluator(name, output_dir=folder),
+        _coco_evaluator,
+        lambda name, folder, _: COCOPanopticEvaluator(name, folder),
     ],
-    "lvis": [lambda name, folder: LVISEvaluator(name, output_dir=folder)],
-    "cityscapes_instance": [lambda name, folder: CityscapesInstanceEvaluator(name)],
-    "cityscapes_sem_seg": [lambda name, folder: CityscapesSemSegEvaluator(name)],
-    "pascal_voc": [lambda name, folder: PascalVOCDetectionEvaluator(name)],
+    "lvis": [lambda name, folder, _: LVISEvaluator(name, output_dir=folder)],
+    "cityscapes_instance": [lambda name, *_: CityscapesInstanceEvaluator(name)],
+    "cityscapes_sem_seg": [lambda name, *_: CityscapesSemSegEvaluator(name)],
+    "pascal_voc": [lambda name, *_: PascalVOCDetectionEvaluator(name)],
 }
 
 # Detectron2 imports these only when the evaluation is at its end.
@@ -66,18 +98,21 @@ def check_evaluators(dataset_names: Iterable[str]) -> None:
             )
 
 
-def build_evaluator(dataset_name: str, output_folder: str) -> DatasetEvaluator:
+def build_evaluator(
+    dataset_name: str, output_folder: str, cfg: CfgNode | None = None
+) -> DatasetEvaluator:
     """Builds the evaluator of a dataset; for panoptic segmentation that of boxes, masks, semantic
     segmentation and panoptic quality.
 
     Args:
         dataset_name: a registered dataset.
         output_folder: where the evaluators put their files.
+        cfg: TEST.DETECTIONS_PER_IMAGE and TEST.KEYPOINT_OKS_SIGMAS count, if it is given.
 
     Raises:
         UserError: as :func:`check_evaluators`.
     """
     check_evaluators([dataset_name])
     kind = MetadataCatalog.get(dataset_name).evaluator_type
-    evaluators = [build(dataset_name, output_folder) for build in EVALUATORS[kind]]
+    evaluators = [build(dataset_name, output_folder, cfg) for build in EVALUATORS[kind]]
     return DatasetEvaluators(evaluators) if len(evaluators) > 1 else evaluators[0]

@@ -28,6 +28,7 @@ from detectron2.utils.file_io import PathManager
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
+from .checks import check_image
 
 
 def check_datasets(names: Iterable[str]) -> None:
@@ -56,10 +57,12 @@ class CarafeDatasetMapper(DatasetMapper):
     """Detectron2's mapper, but an image that cannot be read is reported by its file name.
 
     Raises:
-        UserError: the image is missing, does not decode, or is not of the annotated size.
+        UserError: the image is missing, does not decode, would be misread, or is not of the
+            annotated size.
     """
 
     def __call__(self, dataset_dict: dict) -> dict:
+        check_image(dataset_dict)
         try:
             return super().__call__(dataset_dict)
         # What Pillow raises for files it cannot decode, and Detectron2 for a wrong size.

@@ -29,7 +29,8 @@ def register_shapes(root: str | os.PathLike | None = None) -> None:
     """Registers `shapes_train` and `shapes_val` with Detectron2.
 
     Nothing is read until a dataset is used; using one that was not generated raises a
-    :class:`~carafe_d2.errors.UserError`. A later call replaces the earlier registration.
+    :class:`~carafe_d2.errors.UserError`. A later call replaces the earlier registration;
+    a dataset of the user's own that has one of the names is kept.
 
     Args:
         root: The folder that holds `shapes/`; default `$DETECTRON2_DATASETS`, else `datasets`.
@@ -40,6 +41,8 @@ def register_shapes(root: str | os.PathLike | None = None) -> None:
     for split in SPLITS:
         name = f"shapes_{split}"
         if name in DatasetCatalog:
+            if MetadataCatalog.get(name).get("how_to_get") != HOW_TO_GET:
+                continue
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
         json_file, images = annotation_file(root, split), image_dir(root, split)

@@ -1,0 +1,70 @@
+import json
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from carafe_d2.data import register_shapes
+from carafe_d2.data.register import register_datasets
+from carafe_d2.errors import UserError
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A COCO file with the categories 7 and 3, and its folder of images."""
+    (tmp_path / "images").mkdir()
+    categories = [
+        {"id": 7, "name": "cell", "keypoints": ["left_end", "right_end", "middle"]},
+        {"id": 3, "name": "debris"},
+    ]
+    content = {"images": [], "annotations": [], "categories": categories}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    return f"{tmp_path}/a.json:{tmp_path}/images"
+
+
+@pytest.fixture
+def name():
+    name = "registered_in_a_test"
+    yield name
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+    MetadataCatalog.pop(name, None)
+
+
+def test_metadata_are_there_before_anything_is_loaded(dataset, name):
+    assert register_datasets([f"{name}={dataset}"]) == [name]
+    metadata = MetadataCatalog.get(name)
+    assert metadata.thing_classes == ["debris", "cell"]
+    assert metadata.thing_dataset_id_to_contiguous_id == {3: 0, 7: 1}
+    assert metadata.keypoint_names == ["left_end", "right_end", "middle"]
+    assert metadata.keypoint_flip_map == [("left_end", "right_end")]
+    assert DatasetCatalog.get(name) == []
+    assert register_datasets([f"{name}={dataset}"]) == [name]  # once more is no mistake
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ("{name}", "expected NAME=ANNOTATIONS.json:IMAGES/"),
+        ("={dataset}", "expected NAME=ANNOTATIONS.json:IMAGES/"),
+        ("{name}=missing.json:.", "cannot read missing.json: No such file or directory"),
+        ("{name}=pyproject.toml:.", "pyproject.toml is no COCO annotation file"),
+        ("{name}={dataset}/missing", "is no folder of images"),
+        ("coco_2017_val={dataset}", "another dataset of this name is registered"),
+    ],
+)
+def test_wrong_descriptions_are_named(description, message, dataset, name):
+    with pytest.raises(UserError, match=message):
+        register_datasets([description.format(name=name, dataset=dataset)])
+
+
+def test_users_dataset_goes_before_the_built_in_one_of_its_name(dataset):
+    try:
+        register_datasets([f"shapes_train={dataset}"])
+        assert MetadataCatalog.get("shapes_train").thing_classes == ["debris", "cell"]
+        register_shapes()
+        assert MetadataCatalog.get("shapes_train").thing_classes == ["debris", "cell"]
+        assert DatasetCatalog.get("shapes_train") == []
+    finally:
+        DatasetCatalog.remove("shapes_train")
+        MetadataCatalog.remove("shapes_train")
+        register_shapes()
