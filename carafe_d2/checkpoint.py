@@ -4,7 +4,7 @@ import os
 import pickle
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,12 +54,34 @@ _RESNETS = {
 }
 
 
-class CarafeCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, which also reads the checkpoints of MMDetection.
+# What a pickle of weights needs. Whatever else a pickle names could run any code.
+_OF_ARRAYS = {
+    ("_codecs", "encode"),
+    ("collections", "OrderedDict"),
+    ("numpy", "dtype"),
+    ("numpy", "ndarray"),
+    *(
+        (f"numpy.{core}.multiarray", name)
+        for core in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    ),
+}
 
-    MMDetection's are recognized by the names of their weights and converted on the way in. Their
-    weights have to be those of the model, all of them and no others: a checkpoint of MMDetection
-    that fits in part would evaluate to figures that mean nothing.
+
+class _ArrayUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        if (module, name) not in _OF_ARRAYS:
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name} was not allowed")
+        return super().find_class(module, name)
+
+
+class CarafeCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, which also reads MMDetection's, and takes a checkpoint whole.
+
+    MMDetection's are recognized by the names of their weights and converted on the way in. Weights
+    have to be those of the model, all of them and no others: a checkpoint that fits in part would
+    evaluate to figures that mean nothing. What :func:`torch.compile` and wrappers for several
+    processes put in front of names does not count. No code of a file is run, a .pkl's neither.
     """
 
     def __init__(
@@ -75,8 +97,8 @@ class CarafeCheckpointer(DetectionCheckpointer):
         Args:
             model, save_dir, save_to_disk, **checkpointables: see
                 :class:`detectron2.checkpoint.DetectionCheckpointer`.
-            strict: False starts a training from whatever of an MMDetection checkpoint fits the
-                model; the log names what does not. Detectron2's checkpoints are always so treated.
+            strict: False starts a training from whatever of a checkpoint fits the model; the log
+                names what does not.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self._strict = strict
@@ -94,7 +116,7 @@ class CarafeCheckpointer(DetectionCheckpointer):
 
         Raises:
             UserError: the file is missing, cannot be fetched, is no checkpoint, needs code of its
-                own to be read, or is one of MMDetection's and not of this model.
+                own to be read, or its weights are not those of this model.
         """
         if path:
             # Detectron2's main branch takes this option in the path.
@@ -108,13 +130,29 @@ class CarafeCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict:
         load = super()._load_file
+        if filename.endswith(".pkl"):
+            _read(filename, lambda: _read_arrays(filename))  # so Detectron2 can read it safely
         checkpoint = _read(filename, lambda: load(filename))
         weights = mmdet.find_state_dict(checkpoint["model"])
         if weights is not None:
             return self._convert(filename, checkpoint["model"], weights)
+        if isinstance(checkpoint["model"], Mapping) and "state_dict" in checkpoint["model"]:
+            checkpoint["model"] = checkpoint["model"]["state_dict"]  # as Lightning and others save
         if not checkpoint.get("matching_heuristics", False):
-            _check_is_state_dict(filename, checkpoint["model"], self.model.state_dict())
+            model = self.model.state_dict()
+            _check_is_state_dict(filename, checkpoint["model"], model)
+            checkpoint["model"] = _unwrapped(checkpoint["model"], model)
         return checkpoint
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
+        """Loads the last checkpoint, and that whole, if ``resume`` and there is one; else path."""
+        self._strict |= resume and self.has_checkpoint()
+        return super().resume_or_load(path, resume=resume)
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        if self._strict and (misfit := _incompatibility(incompatible, self.model.state_dict())):
+            raise UserError(f"the weights are not those of the model: {misfit}")
+        super()._log_incompatible_keys(incompatible)
 
     def _convert(self, filename: str, content: Mapping, weights: Mapping[str, Tensor]) -> dict:
         """What Detectron2 is to load of a file of MMDetection's."""
@@ -202,6 +240,46 @@ def _read(filename: str, read: Callable[[], dict]) -> dict:
         raise UserError(f"{filename} is not a readable checkpoint: {reason}") from error
 
 
+def _read_arrays(filename: str):
+    with open(filename, "rb") as file:
+        return _ArrayUnpickler(file, encoding="latin1").load()
+
+
+def _plain(name: str) -> str:
+    """The name of a weight without what wrappers of modules put into it."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+def _unwrapped(weights: Mapping[str, Any], model: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Weights by the model's own names where these differ in no more than wrappers."""
+    names = {_plain(name): name for name in model}
+    return {
+        name if name in model else names.get(_plain(name), name): weights[name] for name in weights
+    }
+
+
+def _incompatibility(incompatible, model: Mapping[str, Tensor]) -> str | None:
+    """Says what of a checkpoint did not fit the model, if anything counts."""
+    for name, in_file, in_model in incompatible.incorrect_shapes:
+        return f"{name} has shape {in_file} in the file and {in_model} in the model"
+    missing = [name for name in incompatible.missing_keys if not mmdet.is_counter(name)]
+    if missing:
+        return f"the file lacks {mmdet.listed(missing)}"
+    surplus = _surplus(incompatible.unexpected_keys, model)
+    return f"the model has no place for {mmdet.listed(surplus)}" if surplus else None
+
+
+def _surplus(names: Iterable[str], model: Mapping[str, Tensor]) -> list[str]:
+    """Of the names in a file that the model lacks, those that matter for its predictions."""
+    mask_head = "roi_heads.mask_head."
+    without_masks = not any(name.startswith(mask_head) for name in model)  # boxes are the same
+    return [
+        name
+        for name in names
+        if not mmdet.is_counter(name) and not (without_masks and name.startswith(mask_head))
+    ]
+
+
 def _check_is_state_dict(filename: str, weights, model: Mapping[str, Tensor]) -> None:
     """Refuses what Detectron2 would take for weights, and then load nothing of."""
     if not isinstance(weights, Mapping):
@@ -213,7 +291,8 @@ def _check_is_state_dict(filename: str, weights, model: Mapping[str, Tensor]) ->
                 f"no weight but a {type(value).__name__}"
             )
     names = [str(name) for name in weights]
-    if not any(name.removeprefix("module.") in model for name in names):
+    known = {_plain(name) for name in model}
+    if not any(_plain(name) in known for name in names):
         found = mmdet.listed(names) or "nothing"
         raise UserError(f"{filename} holds no weight of the model, but {found}")
 
@@ -239,11 +318,7 @@ def _misfit(converted: mmdet.Converted, model: Mapping[str, Tensor]) -> str | No
     missing = [name for name in model if name not in weights and not mmdet.is_counter(name)]
     if missing:
         return f"it lacks {mmdet.listed(missing)}"
-    surplus = [name for name in weights if name not in model and not mmdet.is_counter(name)]
-    mask_head = "roi_heads.mask_head."
-    if not any(name.startswith(mask_head) for name in model):  # boxes are the same without it
-        surplus = [name for name in surplus if not name.startswith(mask_head)]
-    if surplus:
+    if surplus := _surplus((name for name in weights if name not in model), model):
         return f"the model has no place for {mmdet.listed(surplus)}"
     for name, tensor in weights.items():
         if name in model and tensor.shape != model[name].shape:

@@ -1,12 +1,17 @@
 """The optimizer that a config describes."""
 
+import logging
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer as build_sgd
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from .errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -49,3 +54,50 @@ def _clip_full_model(optimizer: torch.optim.Optimizer, max_norm: float, norm_typ
         nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
 
     optimizer.register_step_pre_hook(clip_gradients)
+
+
+# Of the values in an optimizer's groups, those that a config sets, and the key under SOLVER.
+_SETTINGS = {"initial_lr": "BASE_LR", "momentum": "MOMENTUM", "weight_decay": "WEIGHT_DECAY"}
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict]:
+    """The hyperparameters of each parameter group, to be kept by :func:`keep_settings`."""
+    return [
+        {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+
+
+def keep_settings(
+    optimizer: torch.optim.Optimizer, scheduler: LRScheduler, settings: list[dict]
+) -> None:
+    """Gives a resumed optimizer the hyperparameters of the config rather than its checkpoint's.
+
+    Loading an optimizer's state overwrites them, and a changed SOLVER.BASE_LR would do nothing.
+
+    Args:
+        optimizer: with the state of the checkpoint.
+        scheduler: its learning rate scheduler, likewise.
+        settings: what :func:`settings_of` gave before the checkpoint was loaded.
+
+    Raises:
+        UserError: the checkpoint is of another optimizer.
+    """
+    changed = {}
+    for group, wanted in zip(optimizer.param_groups, settings, strict=True):
+        if ("betas" in group) != ("betas" in wanted):
+            raise UserError(
+                "the training to resume has another optimizer; set SOLVER.OPTIMIZER to that, or "
+                "start anew with MODEL.WEIGHTS"
+            )
+        for key in _SETTINGS.keys() & group.keys() & wanted.keys():
+            if group[key] != wanted[key]:
+                changed[f"SOLVER.{_SETTINGS[key]}"] = f"{group[key]} to {wanted[key]}"
+                group[key] = wanted[key]
+    if not changed:
+        return
+    for key, change in sorted(changed.items()):
+        logger.warning(f"Resuming with {key} changed from {change}.")
+    scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    for group, lr in zip(optimizer.param_groups, scheduler.get_lr(), strict=True):
+        group["lr"] = lr

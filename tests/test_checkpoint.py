@@ -6,6 +6,7 @@ import sys
 import threading
 import types
 from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -94,11 +95,11 @@ def test_empty_path_leaves_the_model_alone():
     assert torch.equal(pack.content_encoder.weight, before)
 
 
-def test_detectron2_checkpoints_load_as_with_its_own_checkpointer(path, caplog):
+def test_not_strict_it_loads_what_detectron2s_own_checkpointer_does(path, caplog):
     weights = detector(mask_head=True).state_dict()
     torch.save({"model": weights, "iteration": 3}, path)
     logs = []
-    for checkpointer in (DetectionCheckpointer, CarafeCheckpointer):
+    for checkpointer in (DetectionCheckpointer, partial(CarafeCheckpointer, strict=False)):
         caplog.clear()
         # Other classes, and no mask head: what does not fit is left out with a warning.
         model = detector(classes=2)
@@ -106,6 +107,8 @@ def test_detectron2_checkpoints_load_as_with_its_own_checkpointer(path, caplog):
         assert torch.equal(model.backbone.fpn_lateral2.bias, weights["backbone.fpn_lateral2.bias"])
         logs.append([r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING])
     assert logs[0] == logs[1] != []
+    with pytest.raises(UserError, match=r"cls_score.weight has shape \(6, 4\) in the file and"):
+        CarafeCheckpointer(detector(classes=2)).load(str(path))
 
 
 def test_model_zoo_files_of_detectron2_load(tmp_path):
