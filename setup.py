@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -259,6 +259,10 @@ def sources() -> list[str]:
 
 if __name__ == "__main__":
     setup(
+        # The configs lie at the top of a checkout, and inside the package where it is installed.
+        packages=[*find_packages(include=["carafe_d2*"]), "carafe_d2.configs"],
+        package_dir={"carafe_d2.configs": "configs"},
+        package_data={"carafe_d2": ["py.typed"], "carafe_d2.configs": ["*.yaml"]},
         ext_modules=[Extension("carafe_d2._C", sources())],
         cmdclass={"build_ext": BuildOperator, "bdist_wheel": BuildWheel},
     )

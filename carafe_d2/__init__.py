@@ -66,7 +66,7 @@ def _register_dataset() -> None:
 
 
 def _register_models() -> None:
-    from . import fpn, legacy, mask_head, semantic_seg
+    from . import backbones, fpn, legacy, mask_head, semantic_seg
 
 
 when_imported("detectron2.data", _register_dataset)

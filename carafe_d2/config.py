@@ -1,17 +1,24 @@
 """Config keys of CARAFE models, and the checks that name the key when a value is wrong."""
 
+import functools
 import logging
 import os
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg
 
+from .data.register import register_datasets
 from .errors import UserError
 
 logger = logging.getLogger(__name__)
+
+# In an installed wheel, and in a checkout.
+CONFIG_FOLDERS = (Path(__file__).with_name("configs"), Path(__file__).parents[1] / "configs")
 
 
 def add_carafe_config(cfg: CN) -> None:
@@ -36,6 +43,13 @@ def add_carafe_config(cfg: CN) -> None:
     # pixel_shuffle.
     cfg.MODEL.SEM_SEG_HEAD.UPSAMPLE = "carafe"
 
+    # The network of build_{torchvision,timm}_carafe_fpn_backbone by its name there, and whether to
+    # load its ImageNet weights.
+    cfg.MODEL.BACKBONE.MODEL = ""
+    cfg.MODEL.BACKBONE.PRETRAINED = False
+    # Datasets of your own in COCO's format: "NAME=ANNOTATIONS.json:IMAGES/".
+    cfg.DATASETS.REGISTER = ()
+
     # Of train_net.py: keep weights and feature maps in the channels_last memory format.
     cfg.MODEL.CHANNELS_LAST = False
     # Of train_net.py: SGD, with the keys of Detectron2, or AdamW.
@@ -46,7 +60,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CN:
     """Builds the config of a command-line program.
 
     Args:
-        config_file: a YAML file.
+        config_file: a YAML file, or the name of one that comes with this package.
         overrides: keys and values in turn, e.g. ["SOLVER.BASE_LR", "0.01"].
 
     Returns:
@@ -57,8 +71,7 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CN:
     """
     cfg = get_cfg()
     add_carafe_config(cfg)
-    if not os.path.isfile(config_file):
-        raise UserError(f"config file {config_file!r} does not exist; name one with --config-file")
+    config_file = find_config_file(config_file)
     if config_file.endswith(".py"):
         raise UserError(
             f"{config_file} is a LazyConfig; this program takes the YAML file of its name"
@@ -67,13 +80,97 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CN:
         cfg.merge_from_file(config_file)
         cfg.merge_from_list(list(overrides))
     except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"config {config_file} {' '.join(overrides)}: {error}") from error
+        raise UserError(f"config {config_file} and its overrides: {error}") from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No GPU found: running on the CPU in float32.")
         cfg.MODEL.DEVICE = "cpu"
         cfg.SOLVER.AMP.ENABLED = False
+    register_datasets(cfg.DATASETS.REGISTER)
     cfg.freeze()
     return cfg
+
+
+def find_config_file(name: str) -> str:
+    """The path of a config file: of the one that is there, or of this package's of that name.
+
+    Args:
+        name: a path, or the name of a config of this package, with or without "configs/" in front
+            and ".yaml" at the end.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if os.path.isfile(name):
+        return name
+    folder = next(folder for folder in CONFIG_FOLDERS if folder.is_dir())
+    path = folder / f"{Path(name).name.removesuffix('.yaml')}.yaml"
+    if not name or not path.is_file():
+        raise UserError(f"config file {name!r} does not exist; name one with --config-file")
+    return str(path)
+
+
+# Keys of Detectron2's defaults that its own code does not read either, or that belong to a trainer
+# other than ours. A value other than the default would do nothing.
+WITHOUT_EFFECT: tuple[str, ...] = ("GLOBAL.HACK",)
+_TASKS = ("bbox", "segm", "keypoints", "sem_seg", "panoptic_seg", "box_proposals")
+
+
+def check_config(cfg: CN, *, eval_only: bool = False) -> None:
+    """Checks what no part of the model sees, and what would fail only when a training is over.
+
+    Args:
+        cfg: a config with the keys of :func:`add_carafe_config`.
+        eval_only: whether nothing is trained.
+
+    Raises:
+        UserError: names the key.
+    """
+    defaults = default_config()
+    for key in WITHOUT_EFFECT:
+        if value_of(cfg, key) != value_of(defaults, key):
+            raise UserError(f"{key} = {value_of(cfg, key)!r} has no effect; leave it out")
+    if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda") and not eval_only:
+        raise UserError(f"SOLVER.AMP.ENABLED needs a GPU, but MODEL.DEVICE is {cfg.MODEL.DEVICE!r}")
+    channels = 1 if cfg.INPUT.FORMAT == "L" else 3
+    for key in ("PIXEL_MEAN", "PIXEL_STD"):
+        if len(cfg.MODEL[key]) != channels:
+            raise UserError(
+                f"MODEL.{key} must have {channels} numbers for INPUT.FORMAT {cfg.INPUT.FORMAT}, "
+                f"got {list(cfg.MODEL[key])}"
+            )
+    if cfg.TEST.AUG.ENABLED and (
+        cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN"
+        or cfg.MODEL.KEYPOINT_ON
+        or cfg.MODEL.LOAD_PROPOSALS
+    ):
+        raise UserError(
+            "TEST.AUG.ENABLED: Detectron2's test-time augmentation is for GeneralizedRCNN without "
+            "keypoints and without loaded proposals"
+        )
+    tasks = {*_TASKS, *(f"{task}_TTA" for task in _TASKS)}
+    for expected in cfg.TEST.EXPECTED_RESULTS:
+        if len(expected) != 4 or expected[0] not in tasks or isinstance(expected[2], str):
+            raise UserError(
+                f"TEST.EXPECTED_RESULTS must be like [['bbox', 'AP', 38.5, 0.2]], got {expected!r}"
+            )
+    try:
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR):
+            pass
+    except OSError as error:
+        raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: {error.strerror}") from error
+
+
+def default_config() -> CN:
+    """Detectron2's defaults with the keys of :func:`add_carafe_config`."""
+    cfg = get_cfg()
+    add_carafe_config(cfg)
+    return cfg
+
+
+def value_of(cfg: CN, key: str):
+    """The value of a key with dots in it."""
+    return functools.reduce(lambda node, name: node[name], key.split("."), cfg)
 
 
 def with_carafe_config(cfg: CN) -> CN:
