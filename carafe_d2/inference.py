@@ -8,11 +8,11 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.data import Metadata, MetadataCatalog, detection_utils
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog, detection_utils
 from detectron2.data.transforms import AugInput, AugmentationList
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 from . import mmdet
@@ -38,18 +38,6 @@ def split_opts(values: Sequence[str], opts: Sequence[str]) -> tuple[list[str], l
     return list(values), list(opts)
 
 
-class CompleteCheckpointer(CarafeCheckpointer):
-    """Refuses Detectron2's checkpoints, too, where a weight of the model is missing."""
-
-    def _log_incompatible_keys(self, incompatible):
-        missing = [name for name in incompatible.missing_keys if not mmdet.is_counter(name)]
-        if missing:
-            raise UserError(
-                f"MODEL.WEIGHTS are not of this config's model: they lack {mmdet.listed(missing)}"
-            )
-        super()._log_incompatible_keys(incompatible)
-
-
 def load_detector(cfg: CfgNode) -> nn.Module:
     """Builds the model of a config in evaluation mode, with the weights of MODEL.WEIGHTS.
 
@@ -63,8 +51,22 @@ def load_detector(cfg: CfgNode) -> nn.Module:
         model = build_model(cfg).eval()
     except KeyError as error:  # what a registry raises for the modules of another project
         raise UserError(f"the config's model cannot be built: {error.args[0]}") from error
-    CompleteCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    CarafeCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
+
+
+def known_dataset(cfg: CfgNode) -> Metadata | None:
+    """The metadata of the first dataset in DATASETS.TEST, if that is registered.
+
+    Those of a COCO file are there only once its annotations are read, which is done if need be.
+    """
+    name = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else ""
+    if name not in DatasetCatalog:
+        return None
+    metadata = MetadataCatalog.get(name)
+    if not metadata.get("thing_classes") and os.path.isfile(metadata.get("json_file", "")):
+        DatasetCatalog.get(name)
+    return metadata
 
 
 class Predictor:
@@ -83,13 +85,13 @@ class Predictor:
 
         Raises:
             UserError: see :func:`load_detector`; or model and metadata differ in the number of
-                classes, or INPUT.FORMAT is neither RGB nor BGR.
+                classes, or INPUT.FORMAT is none of RGB, BGR and L.
         """
-        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-            raise UserError(f"INPUT.FORMAT must be RGB or BGR, got {cfg.INPUT.FORMAT!r}")
+        if cfg.INPUT.FORMAT not in ("RGB", "BGR", "L"):
+            raise UserError(f"INPUT.FORMAT must be RGB, BGR or L, got {cfg.INPUT.FORMAT!r}")
         self.model = load_detector(cfg)
         if metadata is None:
-            metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else None
+            metadata = known_dataset(cfg)
         self.metadata = metadata or Metadata()
         names = self.metadata.get("thing_classes")
         classes = mmdet.num_classes(self.model.state_dict())
@@ -102,7 +104,8 @@ class Predictor:
         self._resize = AugmentationList(detection_utils.build_augmentation(cfg, is_train=False))
 
     def resize(self, image: np.ndarray) -> np.ndarray:
-        """The image (H, W, 3) in the size that the model sees."""
+        """An RGB image (H, W, 3) in the size and the INPUT.FORMAT that the model sees."""
+        image = detection_utils.convert_PIL_to_numpy(Image.fromarray(image), self._format)
         resized = AugInput(image)
         self._resize(resized)
         return resized.image
@@ -125,7 +128,7 @@ class Predictor:
         inputs = []
         for image in images:
             height, width = image.shape[:2]
-            resized = self.resize(image if self._format == "RGB" else image[:, :, ::-1])
+            resized = self.resize(image)
             tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
             inputs.append({"image": tensor, "height": height, "width": width})
         try:
@@ -167,3 +170,23 @@ def save_image(path: str | Path, image: np.ndarray) -> None:
     except cv2.error as error:
         raise UserError(f"cannot write {path}: name it .png or .jpg") from error
     write_file(path, data.tobytes())
+
+
+def contact_sheet(pictures: Sequence[np.ndarray], columns: int) -> np.ndarray:
+    """Puts pictures into the cells of one, each as large as the largest.
+
+    Args:
+        pictures: RGB, (H, W, 3), uint8.
+        columns: pictures side by side, if there are as many.
+
+    Returns:
+        RGB, (H, W, 3), uint8, white between the pictures.
+    """
+    height, width = np.max([picture.shape[:2] for picture in pictures], axis=0)
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * (height + 8), columns * (width + 24) - 24, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = i // columns * (height + 8), i % columns * (width + 24)
+        sheet[y : y + picture.shape[0], x : x + picture.shape[1]] = picture
+    return sheet

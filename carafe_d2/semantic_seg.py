@@ -6,8 +6,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, SEM_SEG_HEADS_REGISTRY, build
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from torch import nn
 
+from . import fpn  # no name of it: fpn itself may be what is being imported
 from .config import upsampler_options, with_carafe_config
-from .fpn import CarafeFPN
 from .upsample import UPSAMPLERS, build_upsampler
 
 
@@ -62,7 +62,7 @@ class CarafeSemSegFPNHead(SemSegFPNHead):
 
 
 @BACKBONE_REGISTRY.register()
-def build_resnet_carafe_semantic_fpn_backbone(cfg, input_shape: ShapeSpec) -> CarafeFPN:
+def build_resnet_carafe_semantic_fpn_backbone(cfg, input_shape: ShapeSpec) -> "fpn.CarafeFPN":
     """ResNet with a CARAFE pyramid without extra levels: p2..p5 on res2..res5.
 
     For models that have no use for p6, such as a semantic segmentation head alone. An output
@@ -72,4 +72,4 @@ def build_resnet_carafe_semantic_fpn_backbone(cfg, input_shape: ShapeSpec) -> Ca
         cfg: a Detectron2 config; keys of ``add_carafe_config`` that it lacks take their defaults.
         input_shape: channels of the images.
     """
-    return CarafeFPN(cfg, build_resnet_backbone(cfg, input_shape), num_extra_levels=0)
+    return fpn.CarafeFPN(cfg, build_resnet_backbone(cfg, input_shape), num_extra_levels=0)

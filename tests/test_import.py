@@ -48,6 +48,19 @@ def test_another_project_selects_the_backbone_by_name():
     ]
 
 
+def test_the_pyramid_can_be_imported_first():
+    result = run(
+        """
+        from carafe_d2 import CarafeFPN
+        from detectron2.modeling import BACKBONE_REGISTRY
+
+        print(*(name for name, _ in BACKBONE_REGISTRY if "carafe" in name))
+        """
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.split()) == 5
+
+
 WITHOUT_DETECTRON2 = """
     import sys
     sys.modules["detectron2"] = None  # Python's way to make an import fail

@@ -7,6 +7,8 @@ Examples:
         MODEL.WEIGHTS output/shapes_mask_rcnn_R18_FPN_carafe/model_final.pth
     python tools/predict.py --config-file configs/mask_rcnn_R50_FPN_carafe_1x.yaml \
         --input a.jpg 'more/*.png' clip.mp4 --json MODEL.WEIGHTS model.pth
+    python tools/predict.py --config-file configs/mask_rcnn_R50_FPN_carafe_1x.yaml \
+        --webcam MODEL.WEIGHTS model.pth
 
 Pictures keep the names of the images, videos become MP4. With --json, OUTPUT holds besides:
 
@@ -40,7 +42,7 @@ from tqdm import tqdm
 from carafe_d2.config import load_config
 from carafe_d2.errors import UserError, exit_on_user_error
 from carafe_d2.files import write_file
-from carafe_d2.inference import Predictor, read_image, save_image, split_opts
+from carafe_d2.inference import Predictor, known_dataset, read_image, save_image, split_opts
 
 # What cannot be read is named below; FFmpeg is to be silent about it.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -263,8 +265,8 @@ class ImagePrediction:
         save_json(folder / "coco_images.json", {"images": self.images, "categories": categories})
 
 
-def frames_of(file: Path) -> tuple[Iterator[np.ndarray], float, int | None]:
-    """Opens a video.
+def frames_of(file: Path | int) -> tuple[Iterator[np.ndarray], float, int | None]:
+    """Opens a video, or the camera of a number.
 
     Returns:
         Its frames, RGB (H, W, 3), frames per second, and the number of frames if it is known.
@@ -272,7 +274,7 @@ def frames_of(file: Path) -> tuple[Iterator[np.ndarray], float, int | None]:
     Raises:
         UserError: it does not decode.
     """
-    video = cv2.VideoCapture(str(file))
+    video = cv2.VideoCapture(file if isinstance(file, int) else str(file))
     readable, first = video.read()
     if not readable:
         raise UserError(f"cannot read video {file}: OpenCV decodes no frame of it")
@@ -345,6 +347,25 @@ def predict_video(predictor: Predictor, file: Path, output: Path, args) -> None:
             save_json(output.with_name(f"{file.name}.json"), results)
 
 
+def show_camera(predictor: Predictor) -> None:
+    """Shows what is found in the pictures of the first camera, in a window, until Esc is pressed.
+
+    Raises:
+        UserError: there is no camera, or this OpenCV has no windows.
+    """
+    frames = frames_of(0)[0]
+    visualizer = VideoVisualizer(predictor.metadata)
+    try:
+        for frame in frames:
+            (instances,) = predictor([frame])
+            drawn = visualizer.draw_instance_predictions(frame, instances).get_image()
+            cv2.imshow("carafe_d2, Esc ends", drawn[:, :, ::-1])
+            if cv2.waitKey(1) == 27:
+                return
+    except cv2.error as error:
+        raise UserError("--webcam needs windows: pip install opencv-python") from error
+
+
 # --- command line -------------------------------------------------------------------------------
 
 
@@ -357,7 +378,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument(
-        "--input", nargs="+", required=True, help="images, videos, folders or glob patterns"
+        "--input", nargs="+", default=[], help="images, videos, folders or glob patterns"
+    )
+    parser.add_argument(
+        "--webcam",
+        action="store_true",
+        help="show what the first camera sees in a window, in place of --input",
     )
     parser.add_argument("--output", type=Path, default=Path("output/predictions"), metavar="FOLDER")
     parser.add_argument(
@@ -395,6 +421,8 @@ def check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.webcam == bool(args.input):
+        raise UserError("name files by --input, or a camera by --webcam")
     if args.no_images and not args.json:
         raise UserError("--no-images leaves nothing to write; add --json")
 
@@ -413,6 +441,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     check_args(args)
     cfg = make_config(args)
+    if args.webcam:
+        show_camera(Predictor(cfg))
+        return
     inputs = find_inputs(args.input)
     outputs = output_files(inputs, args.output)
     annotations = read_annotations(args.annotations) if args.annotations else None
@@ -422,6 +453,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise UserError(f"--output {args.output}: {error.strerror}") from error
     metadata = metadata_of(annotations, str(args.annotations)) if annotations else None
+    if args.json and not (metadata or known_dataset(cfg)):
+        raise UserError(
+            "--json needs the category ids of the model's dataset: name it in DATASETS.TEST, "
+            "register it by DATASETS.REGISTER, or give --annotations"
+        )
     predictor = Predictor(cfg, metadata)
 
     images = ImagePrediction(predictor, ids)

@@ -18,7 +18,7 @@ from detectron2.utils.visualizer import Visualizer
 from carafe_d2.config import load_config
 from carafe_d2.data.build import check_datasets
 from carafe_d2.errors import UserError, exit_on_user_error
-from carafe_d2.inference import Predictor, read_image, save_image
+from carafe_d2.inference import Predictor, contact_sheet, read_image, save_image
 
 
 def titled(image: np.ndarray, title: str) -> np.ndarray:
@@ -81,15 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     predictor = Predictor(cfg, MetadataCatalog.get(dataset))
     pairs = [draw_pair(predictor, record, args.threshold, args.width) for record in records]
 
-    # Pictures differ in height, so each goes into a cell of the largest one's size.
-    height, width = np.max([pair.shape[:2] for pair in pairs], axis=0)
-    columns = min(args.columns, len(pairs))
-    rows = -(-len(pairs) // columns)
-    sheet = np.full((rows * (height + 8), columns * (width + 24) - 24, 3), 255, np.uint8)
-    for i, pair in enumerate(pairs):
-        y, x = i // columns * (height + 8), i % columns * (width + 24)
-        sheet[y : y + pair.shape[0], x : x + pair.shape[1]] = pair
-    save_image(args.output, sheet)
+    save_image(args.output, contact_sheet(pairs, args.columns))
     print(f"{len(pairs)} images drawn to {args.output}")
 
 

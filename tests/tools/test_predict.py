@@ -237,6 +237,52 @@ def frames(path):
     return found, video.get(cv2.CAP_PROP_FPS)
 
 
+def test_json_has_the_category_ids_of_a_registered_dataset_or_is_refused(run, folder, tmp_path):
+    """The classes of shapes by other ids, in another order than Detectron2 numbers them."""
+    content = json.loads((folder / "shapes/annotations/instances_val.json").read_text())
+    for category in content["categories"]:
+        category["id"] = 70 - category["id"]
+    (tmp_path / "own.json").write_text(json.dumps({**content, "annotations": []}))
+    own = f"('predicted_own={tmp_path}/own.json:{folder}/shapes/val',)"
+    inputs = ["--json", "--no-images", "--input", folder / "shapes" / "val"]
+    error = run(*inputs, "DATASETS.TEST", "('unknown',)")
+    assert "--json needs the category ids of the model's dataset" in error
+    keys = ["DATASETS.REGISTER", own, "DATASETS.TEST", "('predicted_own',)"]
+    assert run(*inputs, *keys) is None
+    results = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    assert {result["category_id"] for result in results} <= set(range(64, 70))
+
+
+def test_gray_models_get_gray_images(folder):
+    gray = ["INPUT.FORMAT", "L", "MODEL.PIXEL_MEAN", "[128.0]", "MODEL.PIXEL_STD", "[50.0]"]
+    save_random_model(folder / "gray.pth", CONFIG, gray)
+    cfg = load_config(CONFIG, [*CPU, *gray, "MODEL.WEIGHTS", str(folder / "gray.pth")])
+    predictor = inference.Predictor(cfg)
+    image = inference.read_image(images_of(folder)[0])
+    wanted = np.asarray(Image.fromarray(image).convert("L"))
+    seen = predictor.resize(image)
+    assert seen.shape == (*seen.shape[:2], 1)
+    assert abs(cv2.resize(wanted, seen.shape[1::-1]).mean() - seen.mean()) < 1
+    predictor([image])
+
+
+def test_camera_is_shown_until_escape(run, folder, monkeypatch):
+    shown = []
+    capture = cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", lambda camera: capture(str(folder / "clip.avi")))
+    monkeypatch.setattr(cv2, "imshow", lambda title, image: shown.append(image.shape))
+    monkeypatch.setattr(cv2, "waitKey", lambda wait: 27 if len(shown) == 2 else -1)
+    assert run("--webcam") is None
+    assert shown == [(64, 64, 3)] * 2
+
+    def no_windows(*_):
+        raise cv2.error("The function is not implemented")
+
+    monkeypatch.setattr(cv2, "imshow", no_windows)
+    assert "--webcam needs windows: pip install opencv-python" in run("--webcam")
+    assert "name files by --input, or a camera by --webcam" in run()
+
+
 def test_video_becomes_a_video_with_the_predictions_of_its_frames(run, folder, model, tmp_path):
     video = folder / "clip.avi"
     assert run("--json", "--batch-size", "3", "--input", video) is None
@@ -363,9 +409,9 @@ def test_config_keys_after_inputs_are_no_inputs():
         (["MODEL.BACKBONE.NAME", "build_swin"], r"cannot be built: .*build_swin"),
         (
             ["MODEL.RESNETS.DEPTH", "34"],
-            "MODEL.WEIGHTS are not of this config's model: they lack back",
+            "the weights are not those of the model: the file lacks back",
         ),
-        (["INPUT.FORMAT", "L"], "INPUT.FORMAT must be RGB or BGR, got 'L'"),
+        (["INPUT.FORMAT", "HSV"], "INPUT.FORMAT must be RGB, BGR or L, got 'HSV'"),
         (["DATASETS.TEST", "('coco_2017_val',)"], r"6 classes apart and 'coco_2017_val' has 80"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
