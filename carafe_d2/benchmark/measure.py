@@ -24,13 +24,15 @@ def keep_freed_memory() -> None:
 
     glibc takes large tensors from the kernel at every call and gives them back after it; the
     kernel then clears each page at its first use, which takes longer than many a kernel of ours.
-    Other C libraries are left as they are.
+    The first GiB is used here, or the first calls would still meet new pages until the freed
+    pieces are large enough. Other C libraries are left as they are.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         m_mmap_max, m_trim_threshold = -4, -1
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, -1)  # never
+        torch.ones(2**30, dtype=torch.uint8)
 
 
 def give_back_memory() -> None:
