@@ -70,6 +70,11 @@ class Upsampling:
     def kernel_size(self) -> int:
         return round(self.masks.shape[1] ** 0.5)
 
+    def locate(self, position: np.ndarray) -> tuple[int, int]:
+        """The cell (row, column) of the fine level at (x, y) in pixels of the model's input."""
+        column, row = (position * self.scale // self.stride).astype(int).tolist()
+        return row, column
+
     def kernel(self, row: int, column: int) -> np.ndarray:
         """The kernel (k, k) of a cell of the fine level, the mean of all groups."""
         k = self.kernel_size
@@ -175,25 +180,6 @@ def innermost_points(instances: Instances, number: int) -> list[tuple[int, int]]
     return list(dict.fromkeys(points))
 
 
-def locate(
-    point: tuple[int, int], scale: np.ndarray, steps: list[Upsampling]
-) -> list[tuple[int, int]]:
-    """The cell (row, column) of each step's fine level that a point lies in.
-
-    Args:
-        point: (x, y) in pixels of the image.
-        scale: size (x, y) in pixels of the image of a pixel of the model's input.
-        steps: the top-down path from the finest level on.
-    """
-    stride = steps[0].stride / steps[0].scale
-    column, row = ((np.array(point) + 0.5) / scale // stride).astype(int).tolist()
-    path = []
-    for step in steps:
-        path.append((row, column))
-        row, column = row // step.scale, column // step.scale
-    return path
-
-
 # --- drawing ------------------------------------------------------------------------------------
 
 # From transparent to red, so that the image shows where there is no weight.
@@ -208,7 +194,7 @@ OUTLINE = [patheffects.withStroke(linewidth=3, foreground="white")]
 FONT_SIZES: Any = {"axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8}
 
 
-def show_image(panel: Axes, image: np.ndarray, cell: Sequence[float] = (1, 1)) -> None:
+def show_image(panel: Axes, image: np.ndarray, cell: Sequence[float] | np.ndarray = (1, 1)) -> None:
     """Draws an image in a panel that counts in cells of a size (x, y) in pixels of the image."""
     height, width = image.shape[:2]
     panel.imshow(image, extent=(0, width / cell[0], height / cell[1], 0))
@@ -261,7 +247,7 @@ def show_kernel(
     side = 1 / step.scale
     corner = (column * side, row * side)
     frame = Rectangle(corner, side, side, fill=False, edgecolor=POINT, lw=1.4)
-    frame.set_path_effects(OUTLINE)
+    frame.set_path_effects([*OUTLINE])
     panel.add_patch(frame)
     for (i, j), weight in np.ndenumerate(kernel):
         if weight >= 0.005 and k <= MOST_NUMBERS:
@@ -271,9 +257,9 @@ def show_kernel(
             panel.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
 
 
-def mark(panel: Axes, at: Sequence[float], size: float) -> None:
+def mark(panel: Axes, at: np.ndarray, size: float) -> None:
     (line,) = panel.plot(*at, "+", color=POINT, markersize=size, markeredgewidth=1.6)
-    line.set_path_effects(OUTLINE)
+    line.set_path_effects([*OUTLINE])
 
 
 @matplotlib.rc_context(FONT_SIZES)
@@ -293,10 +279,8 @@ def draw(
     """
     height, width = image.shape[:2]
     scale = np.array([width / input_size[1], height / input_size[0]])  # pixels a pixel of the input
-    cells = [locate(point, scale, steps) for point in points]
-    top = max(
-        step.kernel(*at).max() for path in cells for step, at in zip(steps, path, strict=True)
-    )
+    centers = [np.array(point) + 0.5 for point in points]
+    top = max(step.kernel(*step.locate(at / scale)).max() for at in centers for step in steps)
 
     side = 1.7  # inches
     heights = [side, side * min(max(height / width, 0.4), 2.5)] * len(points)
@@ -304,16 +288,15 @@ def draw(
     size = (side * columns + 0.2, sum(heights) + 0.3 * len(heights) + 0.8)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.add_gridspec(len(heights) + 1, columns, height_ratios=[*heights, 0.12])
-    for i, (point, path) in enumerate(zip(points, cells, strict=True)):
-        center = np.array(point) + 0.5
-        panel = figure.add_subplot(grid[2 * i : 2 * i + 2, 0], title=f"point {point[0]},{point[1]}")
+    for i, ((x, y), center) in enumerate(zip(points, centers, strict=True)):
+        panel = figure.add_subplot(grid[2 * i : 2 * i + 2, 0], title=f"point {x},{y}")
         show_image(panel, image)
         mark(panel, center, 16)
-        maps = accumulate(steps, *path[0])
-        for j, (step, at, weights) in enumerate(zip(steps, path, maps, strict=True), start=1):
+        maps = accumulate(steps, *steps[0].locate(center / scale))
+        for j, (step, weights) in enumerate(zip(steps, maps, strict=True), start=1):
             cell = step.stride * scale
             panel = figure.add_subplot(grid[2 * i, j], title=f"{step.coarse} to {step.fine}")
-            show_kernel(panel, image, step, *at, cell, top)
+            show_kernel(panel, image, step, *step.locate(center / scale), cell, top)
 
             title = f"{step.coarse} to {steps[0].fine}, accumulated"
             panel = figure.add_subplot(grid[2 * i + 1, j], title=title)

@@ -85,14 +85,14 @@ def load(name):
     return json.loads(Path("out", name).read_text())
 
 
-def assert_same_detections(found, expected, rtol=1e-4):
+def assert_same_detections(found, expected):
     """Holds results in COCO's format to instances; the ids of `shapes` begin with 1."""
     assert [r["category_id"] for r in found] == (expected.pred_classes + 1).tolist()
     scores = torch.tensor([r["score"] for r in found])
-    torch.testing.assert_close(scores, expected.scores, rtol=rtol, atol=1e-5)
+    torch.testing.assert_close(scores, expected.scores, rtol=1e-4, atol=1e-5)
     corners = torch.tensor([r["bbox"] for r in found])
     corners[:, 2:] += corners[:, :2]
-    torch.testing.assert_close(corners, expected.pred_boxes.tensor, rtol=rtol, atol=1e-2)
+    torch.testing.assert_close(corners, expected.pred_boxes.tensor, rtol=1e-4, atol=1e-2)
     masks = np.stack([mask_util.decode(r["segmentation"]) for r in found])
     assert masks.any(axis=(1, 2)).sum() >= 3
     assert (masks == expected.pred_masks.numpy()).mean() > 0.999

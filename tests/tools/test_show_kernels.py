@@ -1,7 +1,6 @@
 """tools/show_kernels.py: the model's own kernels, accumulated as its pyramid applies them."""
 
 from collections import Counter
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,9 +14,7 @@ from carafe_d2.config import load_config
 from carafe_d2.errors import UserError
 from tools import show_kernels
 
-ROOT = Path(__file__).parents[2]
-
-CONFIG = str(ROOT / "configs" / "shapes_mask_rcnn_R18_FPN_carafe.yaml")
+CONFIG = "shapes_mask_rcnn_R18_FPN_carafe.yaml"
 # Images of 48 x 96 are seen as 128 x 256: cells of 1.5 pixels at p2, 24 at p6.
 IMAGE_SIZE = (48, 96)
 OPTS = ["MODEL.DEVICE", "cpu", "MODEL.CARAFE.UP_GROUP", "2"]
@@ -125,12 +122,17 @@ def test_other_pyramids_are_refused(opts, image, tmp_path):
 # --- points -------------------------------------------------------------------------------------
 
 
-def test_points_lie_in_the_cells_of_their_pixels(upsamplings):
-    steps, _ = upsamplings
-    scale = np.array([96 / 256, 48 / 128])
-    assert show_kernels.locate((0, 0), scale, steps) == [(0, 0)] * 4
-    assert show_kernels.locate((95, 47), scale, steps) == [(31, 63), (15, 31), (7, 15), (3, 7)]
-    assert show_kernels.locate((60, 20), scale, steps) == [(13, 40), (6, 20), (3, 10), (1, 5)]
+@pytest.mark.parametrize(
+    ("point", "cells"),
+    [
+        ((0, 0), [(0, 0)] * 4),
+        ((95, 47), [(31, 63), (15, 31), (7, 15), (3, 7)]),
+        ((60, 20), [(13, 40), (6, 20), (3, 10), (1, 5)]),
+    ],
+)
+def test_points_lie_in_the_cells_of_their_pixels(upsamplings, point, cells):
+    position = (np.array(point) + 0.5) * 256 / 96
+    assert [step.locate(position) for step in upsamplings[0]] == cells
 
 
 def test_innermost_point_of_a_ring_is_in_the_ring():
