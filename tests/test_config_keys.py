@@ -23,20 +23,15 @@ TRAININGS = {
     ],
     "boxes_of_crops": ["MODEL.MASK_ON", "False", "INPUT.CROP.ENABLED", "True"],
     "steps": [
-        "SOLVER.LR_SCHEDULER_NAME",
-        "WarmupMultiStepLR",
-        "SOLVER.STEPS",
-        "(1,)",
-        "SOLVER.CLIP_GRADIENTS.ENABLED",
-        "True",
-        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
-        "norm",
+        *("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "(1,)"),
+        *("SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"),
     ],
 }
 SMALL = [
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "SOLVER.MAX_ITER", "2"),
     *("SOLVER.IMS_PER_BATCH", "2", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "20"),
-    *("SOLVER.BASE_LR", "0.001"),
+    *("MODEL.FPN.OUT_CHANNELS", "16", "MODEL.CARAFE.COMPRESSED_CHANNELS", "16"),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", "32", "SOLVER.BASE_LR", "0.001"),
 ]
 # Read elsewhere, or together with something that these trainings do not turn on.
 ELSEWHERE = {
@@ -64,14 +59,11 @@ KEYS = set(leaves(default_config()))
 
 
 @pytest.fixture(scope="module")
-def read(make_shapes, tmp_path_factory):
+def read(register_shapes, tmp_path_factory):
     """The keys that are read while the trainings run."""
+    register_shapes(train=4, val=2)
     seen: set[str] = set()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DETECTRON2_DATASETS", str(make_shapes(train=4, val=2)))
-        from carafe_d2.data import register_shapes
-
-        register_shapes()
 
         def mark(node: CfgNode, prefix: str = "") -> None:
             node.__dict__["path"] = prefix
@@ -99,7 +91,6 @@ def read(make_shapes, tmp_path_factory):
         for name, options in TRAININGS.items():
             folder = tmp_path_factory.mktemp(name)
             train_net.run(["--config-file", CONFIG, *SMALL, *options, "OUTPUT_DIR", str(folder)])
-    register_shapes()
     return seen
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -9,30 +10,33 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from carafe_d2 import train_net
 from carafe_d2.config import load_config
-from carafe_d2.data import register_shapes
 
 CONFIG = "shapes_mask_rcnn_R18_FPN_carafe.yaml"
 SMALL = [
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2"),
     *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "20", "MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
-    *("SOLVER.BASE_LR", "0.001", "SOLVER.MAX_ITER", "2", "SOLVER.CHECKPOINT_PERIOD", "1"),
-    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
+    *("MODEL.FPN.OUT_CHANNELS", "16", "MODEL.CARAFE.COMPRESSED_CHANNELS", "16"),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"),
+    *(
+        "SOLVER.BASE_LR",
+        "0.001",
+        "SOLVER.MAX_ITER",
+        "2",
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+        "0.0",
+    ),
 ]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def datasets(make_shapes):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DETECTRON2_DATASETS", str(make_shapes(train=4, val=2)))
-        register_shapes()
-        yield
-    register_shapes()
+def datasets(register_shapes):
+    register_shapes(train=4, val=2)
 
 
 def run(*options, folder, flags=()):
-    train_net.run(
-        ["--config-file", CONFIG, *flags, *SMALL, *map(str, options), "OUTPUT_DIR", str(folder)]
-    )
+    # The mistake comes last, where it is looked for first.
+    options = ["OUTPUT_DIR", folder, *options]
+    train_net.run(["--config-file", CONFIG, *flags, *SMALL, *map(str, options)])
 
 
 def error_of(*options, folder, flags=()) -> str:
@@ -146,9 +150,9 @@ def test_wrappers_around_weights_change_nothing(wrap, trained, tmp_path):
 def test_compiled_part_of_a_model_takes_plain_weights(trained):
     from carafe_d2 import CarafeCheckpointer
 
-    cfg = load_config(CONFIG)
+    cfg = load_config(CONFIG, SMALL)
     model = train_net.Trainer.build_model(cfg)
-    model.backbone = torch.compile(model.backbone)
+    model.backbone = torch.compile(model.backbone, backend="eager")
     CarafeCheckpointer(model).load(str(trained / "model_final.pth"))
     saved = torch.load(trained / "model_final.pth")["model"]
     name = "fpn_lateral2.weight"
@@ -188,16 +192,14 @@ def test_pickles_of_arrays_load_and_others_run_no_code(trained, tmp_path):
     ],
 )
 def test_resuming_another_training_is_refused(options, message, trained, tmp_path):
-    run(folder=tmp_path)
-    options = [*options, "SOLVER.MAX_ITER", "3"]
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    options = ["SOLVER.MAX_ITER", "3", *options]
     assert message in error_of(*options, folder=tmp_path, flags=["--resume"])
 
 
-def test_changed_learning_rate_is_obeyed_on_resume(tmp_path):
-    run("SOLVER.WARMUP_ITERS", 0, folder=tmp_path)
-    flags = ["--resume"]
-    longer = ["SOLVER.MAX_ITER", 4, "SOLVER.WARMUP_ITERS", 0]
-    run(*longer, "SOLVER.BASE_LR", 0.0001, folder=tmp_path, flags=flags)
+def test_changed_learning_rate_is_obeyed_on_resume(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    run("SOLVER.MAX_ITER", 4, "SOLVER.BASE_LR", 0.0001, folder=tmp_path, flags=["--resume"])
     state = torch.load(tmp_path / "model_final.pth", weights_only=False)["trainer"]
     (initial,) = {g["initial_lr"] for g in state["_trainer"]["optimizer"]["param_groups"]}
     assert initial == 0.0001
