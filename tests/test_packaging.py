@@ -124,7 +124,8 @@ for i in range(1, 5):
     mask = np.zeros((64, 64), np.uint8)
     cv2.circle(mask, (20 + 6 * i, 30), 12, 1, -1)
     image[mask > 0] = (200, 80, 40)
-    cv2.imwrite(f"images/{i}.png", image)
+    deep = image[:, :, 0].astype(np.uint16) * 256
+    cv2.imwrite(f"images/{i}.png", deep if i == 4 and DEEP else image)
     images.append({"id": i, "file_name": f"{i}.png", "height": 64, "width": 64})
     rle = mask_util.encode(np.asfortranarray(mask))
     rle["counts"] = rle["counts"].decode()
@@ -177,9 +178,9 @@ print(len(instances.pred_masks) == len(instances), predict.metadata.thing_classe
 def test_user_works_with_data_of_their_own_on_the_installed_wheel(installed, tmp_path):
     pytest.importorskip("detectron2")
 
-    def python(*arguments) -> str:
+    def python(*arguments, returncode=0) -> str:
         result = installed(*arguments, cwd=tmp_path)
-        assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
+        assert result.returncode == returncode, (result.stdout + result.stderr)[-3000:]
         return result.stdout + result.stderr
 
     (tmp_path / "images").mkdir()
@@ -190,12 +191,17 @@ def test_user_works_with_data_of_their_own_on_the_installed_wheel(installed, tmp
     (tmp_path / "own.yaml").write_text(OWN_CONFIG.format(base=base))
     train = ("-m", "carafe_d2.train_net", "--config-file", "own.yaml")
 
-    python("-c", OWN_DATASET)
+    python("-c", OWN_DATASET.replace("DEEP", "True"))
+    refused = python(*train, returncode=1)
+    assert "images/4.png (id 4): its pixels have mode I;16" in refused.splitlines()[-1]
+    python("-c", OWN_DATASET.replace("DEEP", "False"))
+
     log = python(*train)
     assert "area of 4 annotations is that of their masks or boxes" in log
-    assert (tmp_path / "out/inference_TTA/coco_instances_results.json").is_file()
     log = python(*train, "--resume", "SOLVER.MAX_ITER", "3")
     assert "Starting training from iteration 2" in log
+    log = python(*train, "--eval-only", "MODEL.WEIGHTS", "out/model_final.pth")
+    assert (tmp_path / "out/inference_TTA/coco_instances_results.json").is_file()
     output = python("-c", OWN_PREDICTION)
     assert "True ['debris', 'cell']" in output
     assert (tmp_path / "drawn.png").stat().st_size > 0
