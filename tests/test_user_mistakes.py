@@ -83,6 +83,7 @@ def trained(tmp_path_factory):
         ("TEST.EXPECTED_RESULTS [['bbox','AP']]", "TEST.EXPECTED_RESULTS"),
         ("TEST.AUG.ENABLED True MODEL.META_ARCHITECTURE LegacyRCNN", "TEST.AUG.ENABLED"),
         ("MODEL.PIXEL_MEAN [1.0]", "MODEL.PIXEL_MEAN"),
+        ("MODEL.KEYPOINT_ON True", "MODEL.CHANNELS_LAST"),
         ("MODEL.ROI_HEADS.NUM_CLASSES 5", "MODEL.ROI_HEADS.NUM_CLASSES"),
         ("GLOBAL.HACK 2.0", "GLOBAL.HACK"),
         ("SEED abc", "SEED"),

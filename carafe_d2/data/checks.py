@@ -397,10 +397,11 @@ class _Boxes:
 
 def _ends(segmentation) -> tuple[float, float]:
     """The largest x and y of polygons, nan if they are none."""
-    polygons = [_numbers(p) for p in segmentation] if isinstance(segmentation, list) else [None]
-    if not polygons or any(p is None or len(p) < 2 or len(p) % 2 for p in polygons):
+    polygons = [_numbers(p) for p in segmentation] if isinstance(segmentation, list) else []
+    whole = [p for p in polygons if p is not None and len(p) and len(p) % 2 == 0]
+    if not whole or len(whole) < len(polygons):
         return np.nan, np.nan
-    points = np.concatenate(polygons)
+    points = np.concatenate(whole)
     return points[::2].max(), points[1::2].max()
 
 
