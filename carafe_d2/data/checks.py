@@ -6,6 +6,7 @@ completed by :func:`complete_annotations`.
 
 import json
 import logging
+import math
 import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 
@@ -156,9 +157,10 @@ def _content_problems(
         if annotation.get("ignore"):
             yield f"{label}: Detectron2 does not know its key ignore; set iscrowd to 1 instead"
         size = image["height"], image["width"]
-        for problem in _annotation_problems(annotation, size, cfg, training):
-            yield f"{label}: {problem}"
-        boxes.add(label, annotation, size)
+        problems = list(_annotation_problems(annotation, size, cfg, training))
+        yield from (f"{label}: {problem}" for problem in problems)
+        if not problems:
+            boxes.add(label, annotation, size)
     if training and all(annotation.get("iscrowd") for annotation in content["annotations"]):
         yield "it has no annotations to train with"
 
@@ -199,9 +201,10 @@ def _record_problems(
                 classes = f"0 to {len(names) - 1}" if names else "0 on"
                 yield f"{label_i}: its category_id must be from {classes}, got {category!r}"
             size = record.get("height"), record.get("width")
-            for problem in _annotation_problems(annotation, size, cfg, training):
-                yield f"{label_i}: {problem}"
-            boxes.add(label_i, annotation, size)
+            problems = list(_annotation_problems(annotation, size, cfg, training))
+            yield from (f"{label_i}: {problem}" for problem in problems)
+            if not problems and annotation.get("bbox_mode") in _BOX_MODES:
+                boxes.add(label_i, annotation, size)
     if index < 0:
         yield "there are none"
 
@@ -216,7 +219,7 @@ def _numbers(values) -> np.ndarray | None:
     except ValueError:  # lists of different lengths
         return None
     plain = array.ndim == 1 and array.dtype.kind in "iuf"
-    return array if plain and np.isfinite(array).all() else None
+    return array if plain and math.isfinite(array.sum()) else None
 
 
 def _annotation_problems(
@@ -232,7 +235,9 @@ def _annotation_problems(
     if crowd not in (0, 1, None):
         yield f"its iscrowd must be 0 or 1, got {crowd!r}"
     area = annotation.get("area")
-    if area is not None and (_numbers([area]) is None or area < 0):
+    if area is not None and not (
+        isinstance(area, int | float | np.number) and 0 <= area < math.inf
+    ):
         yield f"its area must be a positive number, got {area!r}"
     unused = training and crowd
     segmentation = annotation.get("segmentation")
@@ -338,17 +343,21 @@ class _Boxes:
         self._ends: list[tuple] = []  # the largest x and y of polygons
 
     def add(self, label: str, annotation: Mapping, size: tuple) -> None:
-        box = _numbers(annotation.get("bbox"))
+        """Adds an annotation that has no problem of its own."""
         mode = annotation.get("bbox_mode", BoxMode.XYWH_ABS)
-        if box is None or len(box) != 4 or None in size:
+        if annotation.get("iscrowd") or mode == BoxMode.XYWHA_ABS or None in size:
             return
+        x, y, width, height = annotation["bbox"]
         if mode == BoxMode.XYXY_ABS:
-            box = np.r_[box[:2], box[2:] - box[:2]]
-        if not annotation.get("iscrowd"):
-            self._labels.append(label)
-            self._boxes.append(box)
-            self._sizes.append(size)
-            self._ends.append(_ends(annotation.get("segmentation")))
+            width, height = width - x, height - y
+        polygons = annotation.get("segmentation")
+        ends = (np.nan, np.nan)
+        if polygons and isinstance(polygons, list):
+            ends = max(max(p[::2]) for p in polygons), max(max(p[1::2]) for p in polygons)
+        self._labels.append(label)
+        self._boxes.append((x, y, width, height))
+        self._sizes.append(size)
+        self._ends.append(ends)
 
     def problems(self) -> list[str]:
         """What cannot be meant: boxes of another form than x, y, width, height, or nowhere."""
@@ -393,16 +402,6 @@ class _Boxes:
             if found.any():
                 first = self._labels[found.argmax()]
                 logger.warning(f"Dataset {name!r}: {found.sum()} boxes {text} (first: {first}).")
-
-
-def _ends(segmentation) -> tuple[float, float]:
-    """The largest x and y of polygons, nan if they are none."""
-    polygons = [_numbers(p) for p in segmentation] if isinstance(segmentation, list) else []
-    whole = [p for p in polygons if p is not None and len(p) and len(p) % 2 == 0]
-    if not whole or len(whole) < len(polygons):
-        return np.nan, np.nan
-    points = np.concatenate(whole)
-    return points[::2].max(), points[1::2].max()
 
 
 # --- classes and keypoints ----------------------------------------------------------------------
