@@ -80,6 +80,8 @@ def _read_json(name: str, json_file: str) -> dict:
     try:
         with PathManager.open(json_file) as file:
             content = json.load(file)
+    except OSError as error:
+        raise UserError(f"dataset {name!r}: cannot read {json_file}: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"dataset {name!r}: {json_file} is no JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
