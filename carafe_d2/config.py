@@ -131,6 +131,8 @@ def check_config(cfg: CN, *, eval_only: bool = False) -> None:
             raise UserError(f"{key} = {value_of(cfg, key)!r} has no effect; leave it out")
     if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda") and not eval_only:
         raise UserError(f"SOLVER.AMP.ENABLED needs a GPU, but MODEL.DEVICE is {cfg.MODEL.DEVICE!r}")
+    if cfg.MODEL.CHANNELS_LAST and cfg.MODEL.KEYPOINT_ON and not eval_only:
+        raise UserError("MODEL.CHANNELS_LAST: Detectron2's loss of keypoints does not work with it")
     channels = 1 if cfg.INPUT.FORMAT == "L" else 3
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         if len(cfg.MODEL[key]) != channels:

@@ -23,6 +23,7 @@ from detectron2.engine import launch as launch_on_gpus
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import distributed, nn
 from torch.multiprocessing import ProcessExitedException
 from torch.nn.parallel import DistributedDataParallel
@@ -156,6 +157,11 @@ def _report_once(rank: int) -> Iterator[None]:
             if rank:
                 time.sleep(_PATIENCE)
             raise
+
+
+def log_to(folder: str) -> None:
+    """Sends what this package logs to where Detectron2's ``default_setup`` sends the rest."""
+    setup_logger(folder, distributed_rank=comm.get_rank(), name="carafe_d2")
 
 
 def build_trainer(

@@ -30,6 +30,7 @@ from .engine import (
     build_checkpointer,
     build_trainer,
     launch,
+    log_to,
     resume_or_load,
     share_buffers,
 )
@@ -138,6 +139,7 @@ def setup(args):
     check_config(cfg, eval_only=args.eval_only)
     check_datasets(cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
     check_evaluators(cfg.DATASETS.TEST)
+    log_to(cfg.OUTPUT_DIR)
     check_data(cfg, training=not args.eval_only)
     default_setup(cfg, args)
     return cfg

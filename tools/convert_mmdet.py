@@ -21,6 +21,7 @@ from detectron2.data import MetadataCatalog
 
 from carafe_d2 import mmdet
 from carafe_d2.checkpoint import read_checkpoint
+from carafe_d2.data.register import dataset_name
 from carafe_d2.errors import UserError, exit_on_user_error
 
 
@@ -84,6 +85,7 @@ def plain(value):
 
 def class_names(dataset: str) -> tuple[str, ...]:
     """The names of a registered dataset's classes, by label."""
+    dataset = dataset_name(dataset)
     if dataset not in MetadataCatalog.list():
         raise UserError(f"dataset {dataset!r} is not registered")
     return tuple(MetadataCatalog.get(dataset).thing_classes)
@@ -103,7 +105,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "2.x and 3.x are the same",
     )
     parser.add_argument(
-        "--dataset", metavar="NAME", help="take the class names for MMDetection from this dataset"
+        "--dataset",
+        metavar="NAME",
+        help="take the class names for MMDetection from this dataset; "
+        "NAME=ANNOTATIONS.json:IMAGES/ is one of your own",
     )
     return parser.parse_args(argv)
 

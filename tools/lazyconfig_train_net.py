@@ -13,18 +13,19 @@ from detectron2.config import instantiate
 from detectron2.engine import default_argument_parser, default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from omegaconf import OmegaConf
 
 from carafe_d2 import CarafeCheckpointer
 from carafe_d2.data.build import check_datasets
+from carafe_d2.data.checks import check_data
 from carafe_d2.engine import (
     build_checkpointer,
     build_trainer,
     launch,
+    log_to,
     resume_or_load,
     share_buffers,
 )
-from carafe_d2.lazy_config import load_lazy_config
+from carafe_d2.lazy_config import data_expectations, load_lazy_config
 
 
 def build_model(cfg):
@@ -79,10 +80,12 @@ def train(cfg, resume):
 def setup(args):
     """Builds the config from file and command line, and checks that its data is there."""
     cfg = load_lazy_config(args.config_file, args.opts, eval_only=args.eval_only)
-    for loader in ["test"] if args.eval_only else ["train", "test"]:
-        names = OmegaConf.select(cfg, f"dataloader.{loader}.dataset.names", default=[])
-        check_datasets([names] if isinstance(names, str) else names)
+    expected = data_expectations(cfg)
+    trained = () if args.eval_only else expected.DATASETS.TRAIN
+    check_datasets((*trained, *expected.DATASETS.TEST))
     default_setup(cfg, args)
+    log_to(cfg.train.output_dir)
+    check_data(expected, training=not args.eval_only)
     return cfg
 
 

@@ -37,15 +37,19 @@ def augmented(cfg: CfgNode, metadata: Metadata) -> Iterator[np.ndarray]:
     for batch in build_train_loader(cfg):
         for inputs in batch:
             image = convert_image_to_rgb(inputs["image"].permute(1, 2, 0), cfg.INPUT.FORMAT)
-            fields = inputs["instances"].get_fields()
-            names = metadata.get("thing_classes") or range(10**6)
-            drawn = Visualizer(image, metadata).overlay_instances(
-                labels=[str(names[i]) for i in fields["gt_classes"].tolist()],
-                boxes=fields.get("gt_boxes"),
-                masks=fields.get("gt_masks"),
-                keypoints=fields.get("gt_keypoints"),
-            )
-            yield drawn.get_image()
+            visualizer = Visualizer(image, metadata)
+            if "sem_seg" in inputs:
+                visualizer.draw_sem_seg(inputs["sem_seg"])
+            if "instances" in inputs:
+                fields = inputs["instances"].get_fields()
+                names = metadata.get("thing_classes") or range(10**6)
+                visualizer.overlay_instances(
+                    labels=[str(names[i]) for i in fields["gt_classes"].tolist()],
+                    boxes=fields.get("gt_boxes"),
+                    masks=fields.get("gt_masks"),
+                    keypoints=fields.get("gt_keypoints"),
+                )
+            yield visualizer.output.get_image()
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,6 +70,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
+    if not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty; it names the dataset that is drawn")
+    cfg.defrost()
+    cfg.DATASETS.TEST = ()  # need not be there yet
     check_datasets(cfg.DATASETS.TRAIN)
     check_data(cfg)
     dataset = cfg.DATASETS.TRAIN[0]
