@@ -92,6 +92,14 @@ def test_good_data_pass_and_what_can_be_completed_is_no_mistake(check, path):
     assert check(changed(path) if path else GOOD) == []
 
 
+def test_one_of_several_polygons_may_be_a_line_in_training_only(check, cfg):
+    content = changed("annotations.0.segmentation", [[1, 1, 9, 9], *SQUARE])
+    assert check(content) == []
+    DatasetCatalog.remove(NAME)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), (NAME,)
+    assert "three points or more, got 2" in check(content)[0]
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -99,7 +107,6 @@ def test_good_data_pass_and_what_can_be_completed_is_no_mistake(check, path):
         ("annotations.1.segmentation", [], "annotation 12 of 2.png: its segmentation is empty"),
         ("annotations.1.segmentation", RLE, "12 of 2.png: its segmentation is RLE; set INPUT.MASK"),
         ("annotations.0.segmentation", [[1, 1, 9, 9]], "three points or more, got 2"),
-        ("annotations.0.segmentation", [*SQUARE, [1, 1, 9, 9]], "three points or more, got 2"),
         ("annotations.0.segmentation", [[1, 1, 9, 9, 3, 3, 4]], "three points or more, got 3.5"),
         ("annotations.0.segmentation", {**RLE, "size": [30, 20]}, "the size of its RLE is"),
         ("annotations.0.bbox", None, "11 of 1.png: its bbox must be four numbers, got None"),
