@@ -24,6 +24,7 @@ import argparse
 import glob
 import itertools
 import json
+import operator
 import os
 import sys
 import zlib
@@ -42,7 +43,14 @@ from tqdm import tqdm
 from carafe_d2.config import load_config
 from carafe_d2.errors import UserError, exit_on_user_error
 from carafe_d2.files import write_file
-from carafe_d2.inference import Predictor, known_dataset, read_image, save_image, split_opts
+from carafe_d2.inference import (
+    Predictor,
+    known_dataset,
+    named_mistakes,
+    read_image,
+    save_image,
+    split_opts,
+)
 
 # What cannot be read is named below; FFmpeg is to be silent about it.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -124,8 +132,12 @@ def read_annotations(path: Path) -> dict:
     try:
         content = json.loads(path.read_text())
         return {
-            "images": [{"id": i["id"], "file_name": i["file_name"]} for i in content["images"]],
-            "categories": [{"id": c["id"], "name": c["name"]} for c in content["categories"]],
+            "images": [
+                {"id": i["id"], "file_name": os.fspath(i["file_name"])} for i in content["images"]
+            ],
+            "categories": [
+                {"id": operator.index(c["id"]), "name": c["name"]} for c in content["categories"]
+            ],
         }
     except OSError as error:
         raise UserError(f"cannot read --annotations {path}: {error.strerror}") from error
@@ -439,6 +451,11 @@ def make_config(args: argparse.Namespace):
 @exit_on_user_error()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    with named_mistakes(args.config_file, args.opts):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     check_args(args)
     cfg = make_config(args)
     if args.webcam:

@@ -19,6 +19,7 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
 from ..errors import UserError
+from ..model_settings import check_order_of_classes
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,9 @@ def check_data(cfg: CfgNode, *, training: bool = True) -> None:
     Raises:
         UserError: names for each problem the dataset, the file and the id.
     """
+    split = "TRAIN" if training else "TEST"
+    if not cfg.DATASETS[split]:
+        raise UserError(f"DATASETS.{split} is empty; name a registered dataset")
     for name in dict.fromkeys((*(cfg.DATASETS.TRAIN if training else ()), *cfg.DATASETS.TEST)):
         metadata = MetadataCatalog.get(name)
         trains = training and name in cfg.DATASETS.TRAIN
@@ -54,6 +58,10 @@ def check_data(cfg: CfgNode, *, training: bool = True) -> None:
             _report(name, "its records", list(_record_problems(dicts, cfg, trains)))
         _report(name, "its classes", list(_class_problems(cfg, metadata)))
         _report(name, "its images", list(_image_problems(dicts)))
+        if training:
+            trained = cfg.DATASETS.TRAIN[0]
+            classes = MetadataCatalog.get(trained).get("thing_classes")
+            check_order_of_classes(classes, f"dataset {trained!r}", name)
 
 
 def _report(name: str, source: str, problems: list[str]) -> None:
@@ -144,9 +152,11 @@ def _annotation_problems(
             and not isinstance(annotation["segmentation"], list)
         ):
             yield "its segmentation is RLE; set INPUT.MASK_FORMAT bitmask"
-    keypoints = annotation.get("keypoints")
+    keypoints = annotation.get("keypoints") if cfg.MODEL.KEYPOINT_ON else None
+    if keypoints is None:
+        return
     expected = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
-    if cfg.MODEL.KEYPOINT_ON and keypoints is not None and len(keypoints) != 3 * expected:
+    if len(keypoints) != 3 * expected:
         yield (
             f"has {len(keypoints) / 3:g} keypoints, but MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is "
             f"{expected}"
