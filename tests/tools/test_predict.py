@@ -412,6 +412,8 @@ def test_config_keys_after_inputs_are_no_inputs():
             "the weights are not those of the model: the file lacks back",
         ),
         (["INPUT.FORMAT", "HSV"], "INPUT.FORMAT must be RGB, BGR or L, got 'HSV'"),
+        (["MODEL.CARAFE.ENCODER_DILATION", "0"], "MODEL.CARAFE.ENCODER_DILATION must be positive"),
+        (["INPUT.MIN_SIZE_TEST", "-5"], "INPUT.MIN_SIZE_TEST = -5: .* with 128 it works"),
         (["DATASETS.TEST", "('coco_2017_val',)"], r"6 classes apart and 'coco_2017_val' has 80"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
