@@ -189,9 +189,15 @@ def build_trainer(
     return trainer(create_ddp_model(model, **ddp), data_loader, optimizer)
 
 
-def build_checkpointer(trainer: TrainerBase, output_dir: str) -> CarafeCheckpointer:
-    """Builds the checkpointer that saves a trainer, its model and the state of its data loader."""
-    states: dict[str, Any] = {"trainer": weakref.proxy(trainer)}
+def build_checkpointer(trainer: TrainerBase, output_dir: str, **states: Any) -> CarafeCheckpointer:
+    """Builds the checkpointer that saves a trainer, its model and the state of its data loader.
+
+    Args:
+        trainer: what is saved.
+        output_dir: where to.
+        **states: what else is to be saved, with ``state_dict`` and ``load_state_dict``.
+    """
+    states["trainer"] = weakref.proxy(trainer)
     if hasattr(trainer.data_loader, "state_dict"):  # Detectron2's has none
         states["data_loader"] = trainer.data_loader
     return CarafeCheckpointer(trainer.model, output_dir, strict=False, **states)

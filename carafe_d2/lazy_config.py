@@ -22,6 +22,7 @@ _NEEDED_TO_TRAIN = (
     *("train.max_iter", "train.amp.enabled", "train.ddp", "train.checkpointer"),
     *("train.eval_period", "train.log_period"),
 )
+_POSITIVE = ("train.max_iter", "train.log_period", "train.checkpointer.period")
 
 
 def load_lazy_config(
@@ -47,6 +48,10 @@ def load_lazy_config(
         if OmegaConf.select(cfg, key) is None:
             raise UserError(f"config {config_file} lacks {key!r}, which this program reads")
     _override(cfg, overrides)
+    for key in () if eval_only else _POSITIVE:
+        value = OmegaConf.select(cfg, key)
+        if value is None or value < 1:
+            raise UserError(f"{key} must be at least 1, got {value}")
     _check_calls(OmegaConf.to_container(cfg, resolve=False))
     if cfg.train.device.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No GPU found: running on the CPU in float32.")

@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from carafe_d2 import train_net
 from carafe_d2.config import load_config
+from carafe_d2.errors import UserError
 
 CONFIG = "shapes_mask_rcnn_R18_FPN_carafe.yaml"
 SMALL = [
@@ -101,6 +102,29 @@ def test_config_mistake_is_one_line_with_the_key(options, key, tmp_path):
     assert "\n" not in error
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "sections with keys"),
+        ("- a list", "sections with keys"),
+        ("MODEL: [1,", "while parsing"),
+        ('_BASE_: "missing.yaml"', "missing.yaml"),
+        ('_BASE_: "mistaken.yaml"', "its _BASE_ leads back to itself"),
+        ("VERSION: 2\nMODEL: 3", "for config key: MODEL"),
+        ("MODEL: {DEVICE: cpu}\nSEED: 1\nMODEL: {MASK_ON: True}", "line 3: MODEL is given twice"),
+    ],
+)
+def test_mistake_in_a_config_file_is_one_line_with_its_path(text, message, tmp_path):
+    path = tmp_path / "mistaken.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_config(str(path))
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
 def test_output_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     assert "OUTPUT_DIR" in error_of(folder=tmp_path / "file")
@@ -114,6 +138,9 @@ def test_output_folder_that_cannot_be_written_is_named(tmp_path):
         (["MODEL.FPN.UPSAMPLE", "nearest"], "the model has no place for backbone.fpn_upsample2"),
         (["MODEL.RESNETS.DEPTH", 34], "lacks backbone.bottom_up.res2.2"),
         (["MODEL.ROI_MASK_HEAD.NUM_CONV", 3], "lacks roi_heads.mask_head.mask_fcn3"),
+        # what the weights do not show
+        (["MODEL.CARAFE.ENCODER_DILATION", 2], "MODEL.CARAFE.ENCODER_DILATION is 2, but"),
+        (["INPUT.FORMAT", "BGR"], "INPUT.FORMAT is 'BGR', but the weights were trained with 'RGB'"),
     ],
 )
 def test_evaluation_takes_a_checkpoint_whole_or_refuses_it(options, message, trained, tmp_path):
@@ -190,6 +217,7 @@ def test_pickles_of_arrays_load_and_others_run_no_code(trained, tmp_path):
     [
         (["SOLVER.OPTIMIZER", "SGD"], "SOLVER.OPTIMIZER"),
         (["MODEL.CARAFE.UP_KERNEL", "3"], "content_encoder.weight has shape"),
+        (["MODEL.BACKBONE.FREEZE_AT", "2"], "keep its MODEL.BACKBONE.FREEZE_AT"),
     ],
 )
 def test_resuming_another_training_is_refused(options, message, trained, tmp_path):
@@ -198,12 +226,15 @@ def test_resuming_another_training_is_refused(options, message, trained, tmp_pat
     assert message in error_of(*options, folder=tmp_path, flags=["--resume"])
 
 
-def test_changed_learning_rate_is_obeyed_on_resume(trained, tmp_path):
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    run("SOLVER.MAX_ITER", 4, "SOLVER.BASE_LR", 0.0001, folder=tmp_path, flags=["--resume"])
-    state = torch.load(tmp_path / "model_final.pth", weights_only=False)["trainer"]
-    (initial,) = {g["initial_lr"] for g in state["_trainer"]["optimizer"]["param_groups"]}
-    assert initial == 0.0001
+def test_changed_learning_rate_and_seed_are_obeyed_on_resume(tmp_path):
+    sgd = ["SOLVER.OPTIMIZER", "SGD", "SOLVER.WARMUP_ITERS", 0]
+    run(*sgd, folder=tmp_path)
+    changed = ["SOLVER.BASE_LR", 0.0001, "SOLVER.NESTEROV", True, "SEED", 7]
+    run(*sgd, "SOLVER.MAX_ITER", 4, *changed, folder=tmp_path, flags=["--resume"])
+    state = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    groups = state["trainer"]["_trainer"]["optimizer"]["param_groups"]
+    assert {(group["initial_lr"], group["nesterov"]) for group in groups} == {(0.0001, True)}
+    assert state["data_loader"]["seed"] == 7
 
 
 def test_test_time_augmentation_is_evaluated(tmp_path):

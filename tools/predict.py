@@ -24,6 +24,7 @@ import argparse
 import glob
 import itertools
 import json
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,7 +43,14 @@ from tqdm import tqdm
 from carafe_d2.config import load_config
 from carafe_d2.errors import UserError, exit_on_user_error
 from carafe_d2.files import write_file
-from carafe_d2.inference import Predictor, known_dataset, read_image, save_image, split_opts
+from carafe_d2.inference import (
+    Predictor,
+    known_dataset,
+    named_mistakes,
+    read_image,
+    save_image,
+    split_opts,
+)
 
 # What cannot be read is named below; FFmpeg is to be silent about it.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
@@ -123,7 +131,7 @@ def read_annotations(path: Path) -> tuple[dict[tuple[str, ...], int], Metadata]:
     try:
         content = json.loads(path.read_bytes())
         ids = {Path(image["file_name"]).parts: image["id"] for image in content["images"]}
-        categories = sorted((c["id"], c["name"]) for c in content["categories"])
+        categories = sorted((operator.index(c["id"]), c["name"]) for c in content["categories"])
     except OSError as error:
         raise UserError(f"cannot read --annotations {path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError) as error:
@@ -401,6 +409,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 @exit_on_user_error()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    with named_mistakes(args.config_file, args.opts):
+        predict(args)
+
+
+def predict(args: argparse.Namespace) -> None:
     sections = ("ROI_HEADS", "RETINANET")
     threshold = [(f"MODEL.{s}.SCORE_THRESH_TEST", args.confidence_threshold) for s in sections]
     cfg = load_config(args.config_file, [*args.opts, *itertools.chain(*threshold)])

@@ -39,7 +39,7 @@ from carafe_d2 import CarafeFPN, CARAFEPack, carafe
 from carafe_d2.config import load_config
 from carafe_d2.errors import UserError, exit_on_user_error
 from carafe_d2.files import write_file
-from carafe_d2.inference import Predictor, read_image, split_opts
+from carafe_d2.inference import Predictor, named_mistakes, read_image, split_opts
 
 DEFAULT_POINTS = 2  # in the objects that are detected with the highest scores
 MOST_NUMBERS = 7  # side of the largest kernel whose weights are written out
@@ -337,6 +337,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 @exit_on_user_error()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    with named_mistakes(args.config_file, args.opts):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     points = [parse_point(text) for text in args.points]
     cfg = load_config(args.config_file, args.opts)
     image = read_image(args.input)

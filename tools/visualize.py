@@ -19,7 +19,7 @@ from carafe_d2.config import load_config
 from carafe_d2.data.build import check_datasets
 from carafe_d2.data.register import dataset_name
 from carafe_d2.errors import UserError, exit_on_user_error
-from carafe_d2.inference import Predictor, contact_sheet, read_image, save_image
+from carafe_d2.inference import Predictor, contact_sheet, named_mistakes, read_image, save_image
 
 
 def titled(image: np.ndarray, title: str) -> np.ndarray:
@@ -76,6 +76,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 @exit_on_user_error()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    with named_mistakes(args.config_file, args.opts):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
     if not (args.dataset or cfg.DATASETS.TEST):
         raise UserError("DATASETS.TEST is empty; name a dataset with --dataset")

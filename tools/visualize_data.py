@@ -18,9 +18,10 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.utils.visualizer import Visualizer
 
-from carafe_d2.config import load_config
+from carafe_d2.config import find_config_file, load_config
 from carafe_d2.data.build import build_train_loader, check_datasets
 from carafe_d2.data.checks import check_data
+from carafe_d2.diagnosis import named_mistakes
 from carafe_d2.errors import UserError, exit_on_user_error
 from carafe_d2.inference import contact_sheet, read_image, save_image
 
@@ -69,6 +70,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 @exit_on_user_error()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    config_file = find_config_file(args.config_file)
+    with named_mistakes(config_file, args.opts, lambda cfg: next(iter(build_train_loader(cfg)))):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
     if not cfg.DATASETS.TRAIN:
         raise UserError("DATASETS.TRAIN is empty; it names the dataset that is drawn")

@@ -20,6 +20,7 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
 from ..errors import UserError
+from ..model_settings import check_order_of_classes
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,9 @@ def check_data(cfg: CfgNode, *, training: bool = True) -> None:
     Raises:
         UserError: names for each problem the dataset, the file and the id.
     """
+    split = "TRAIN" if training else "TEST"
+    if not cfg.DATASETS[split]:
+        raise UserError(f"DATASETS.{split} is empty; name a registered dataset")
     trained = cfg.DATASETS.TRAIN if training else ()
     for name in dict.fromkeys((*trained, *cfg.DATASETS.TEST)):
         metadata = MetadataCatalog.get(name)
@@ -63,7 +67,8 @@ def check_data(cfg: CfgNode, *, training: bool = True) -> None:
         boxes.log(name)
         _report(name, "its classes", list(_class_problems(cfg, metadata, tests)))
         if trained:
-            _report(name, "its classes", list(_differences(metadata, trained[0])))
+            classes = MetadataCatalog.get(trained[0]).get("thing_classes")
+            check_order_of_classes(classes, f"dataset {trained[0]!r}", name)
         _report(name, "its images", list(_image_problems(dicts, cfg, metadata, trains)))
 
 
@@ -444,22 +449,6 @@ def _class_problems(cfg: CfgNode, metadata: Metadata, testing: bool) -> Iterator
         )
     if metadata.get("keypoint_names") is None or metadata.get("keypoint_flip_map") is None:
         yield "its metadata need keypoint_names and keypoint_flip_map, as Detectron2 documents"
-
-
-def _differences(metadata: Metadata, trained: str) -> Iterator[str]:
-    """Classes that differ from those of the dataset that is trained with."""
-    for key in ("thing_classes", "stuff_classes"):
-        names, expected = metadata.get(key), MetadataCatalog.get(trained).get(key)
-        for i, (name, other) in enumerate(zip(names or (), expected or (), strict=False)):
-            if name != other:
-                yield (
-                    f"number {i} in the order of the ids is {name!r}, but {other!r} in the "
-                    f"dataset {trained!r}; the model counts both as one class"
-                )
-                break
-        else:
-            if names and expected and len(names) != len(expected):
-                yield f"there are {len(names)}, but {len(expected)} in the dataset {trained!r}"
 
 
 # --- images -------------------------------------------------------------------------------------

@@ -347,10 +347,15 @@ def test_config_keys_after_inputs_are_no_inputs():
         (["MODEL.NONSENSE", "1"], r".*Non-existent (config )?key: MODEL\.NONSENSE"),
         (["MODEL.WEIGHTS", ""], "MODEL.WEIGHTS is empty"),
         (["MODEL.WEIGHTS", "absent.pth"], r"weights absent\.pth do not exist"),
-        (["MODEL.BACKBONE.NAME", "build_swin"], "the config's model cannot be built: .*build_swin"),
-        (["MODEL.RESNETS.DEPTH", "34"], ".* not those of the model: the file lacks back"),
+        (["MODEL.BACKBONE.NAME", "build_swin"], r"MODEL.BACKBONE.NAME = .build_swin."),
+        (
+            ["MODEL.RESNETS.DEPTH", "34"],
+            "the weights are not those of the model: the file lacks back",
+        ),
         (["INPUT.FORMAT", "HSV"], "INPUT.FORMAT must be RGB, BGR or L, got 'HSV'"),
-        (["DATASETS.TEST", "('coco_2017_val',)"], r".* 6 classes .* 'coco_2017_val' has 80"),
+        (["MODEL.CARAFE.ENCODER_DILATION", "0"], "MODEL.CARAFE.ENCODER_DILATION must be positive"),
+        (["INPUT.MIN_SIZE_TEST", "-5"], "INPUT.MIN_SIZE_TEST = -5: .* with 128 it works"),
+        (["DATASETS.TEST", "('coco_2017_val',)"], r".*6 classes apart and 'coco_2017_val' has 80"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
