@@ -357,7 +357,7 @@ def test_slow_peers_are_left_out_and_not_tried_again():
 
 
 def test_peers_that_need_too_much_memory_are_left_out(monkeypatch):
-    peer = candidate(carafe_naive, patches=(0.5, 1))
+    peer = candidate(carafe_naive, patches=(0.3, 0.5))
     # all neighbors: 8*6*7 locations, 2*2 output pixels, 5*5 taps, 4 bytes each
     patches = 8 * 6 * 7 * 4 * 25 * 4
     monkeypatch.setattr(upsampling, "available_memory", lambda device: patches)
