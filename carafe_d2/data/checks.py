@@ -363,8 +363,9 @@ class _Boxes:
             width, height = width - x, height - y
         polygons = annotation.get("segmentation")
         ends = (np.nan, np.nan)
-        if polygons and isinstance(polygons, list):
-            ends = max(max(p[::2]) for p in polygons), max(max(p[1::2]) for p in polygons)
+        if isinstance(polygons, list) and polygons:
+            points = [p for p in polygons if len(p) >= 6]
+            ends = max(max(p[::2]) for p in points), max(max(p[1::2]) for p in points)
         self._labels.append(label)
         self._boxes.append((x, y, width, height))
         self._sizes.append(size)

@@ -93,11 +93,11 @@ def test_good_data_pass_and_what_can_be_completed_is_no_mistake(check, path):
 
 
 def test_one_of_several_polygons_may_be_a_line_in_training_only(check, cfg):
-    content = changed("annotations.0.segmentation", [[1, 1, 9, 9], *SQUARE])
+    content = changed("annotations.0.segmentation", [[], [1, 1, 9, 9], *SQUARE])
     assert check(content) == []
     DatasetCatalog.remove(NAME)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), (NAME,)
-    assert "three points or more, got 2" in check(content)[0]
+    assert "three points or more, got 0" in check(content)[0]
 
 
 @pytest.mark.parametrize(
