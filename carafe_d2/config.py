@@ -266,6 +266,7 @@ def upsampler_options(cfg: CN, upsample_key: str, choices: Sequence[str], channe
     if name != "carafe":
         return {"name": name}
 
+    # One by one, or a config that records what is read of it would not know.
     options = {option: cfg.MODEL.CARAFE[option] for option in cfg.MODEL.CARAFE}
     for option, value in options.items():
         if value < 1 or (option.endswith("_KERNEL") and value % 2 == 0):

@@ -198,6 +198,7 @@ def main(args):
             model = Trainer.build_model(cfg)
             settings = ModelSettings(cfg, cfg.DATASETS.TEST)
             checkpointer = CarafeCheckpointer(model, cfg.OUTPUT_DIR, model_settings=settings)
+            # resume_or_load would compare no settings with those of MODEL.WEIGHTS.
             last = args.resume and checkpointer.has_checkpoint()
             weights = checkpointer.get_checkpoint_file() if last else cfg.MODEL.WEIGHTS
             if not weights:

@@ -70,12 +70,12 @@ def pytest_make_collect_report(collector):
 
 @pytest.fixture(autouse=True)
 def loggers_as_they_were():
-    """Undoes what Detectron2's setup does to loggers.
+    """Undoes what Detectron2's setup, and ours, does to loggers.
 
     They would print each line once more for every training before, and keep it from caplog.
     """
     yield
-    for name in ("detectron2", "fvcore"):
+    for name in ("detectron2", "fvcore", "carafe_d2"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.setLevel(logging.NOTSET)

@@ -101,18 +101,16 @@ def _file_problems(content: dict) -> Iterator[str]:
     """What is wrong with the images and categories of a COCO annotation file, and with all ids."""
     if not content["images"]:
         yield "it has no images"
-    for kind, needed in (("image", ("file_name", "height", "width")), ("category", ("name",))):
-        key = "categories" if kind == "category" else "images"
+    for key, kind, needed in (
+        ("images", "image", ("file_name", "height", "width")),
+        ("categories", "category", ("name",)),
+        ("annotations", "annotation", ()),
+    ):
         items = content.get(key)
-        if not isinstance(items, list):
-            if "annotations" in content:
-                yield f"it has no list of {key}"
-            continue
-        yield from _item_problems(kind, items, needed)
-    if not isinstance(content.get("annotations", []), list):
-        yield "it has no list of annotations"
-    else:
-        yield from _item_problems("annotation", content.get("annotations", []), ())
+        if isinstance(items, list):
+            yield from _item_problems(kind, items, needed)
+        elif "annotations" in content:  # which a test set, whose answers are kept back, has not
+            yield f"it has no list of {key}"
 
 
 def _item_problems(kind: str, items: list, needed: tuple[str, ...]) -> Iterator[str]:
@@ -164,10 +162,7 @@ def _content_problems(
         if annotation.get("ignore"):
             yield f"{label}: Detectron2 does not know its key ignore; set iscrowd to 1 instead"
         size = image["height"], image["width"]
-        problems = list(_annotation_problems(annotation, size, cfg, training))
-        yield from (f"{label}: {problem}" for problem in problems)
-        if not problems:
-            boxes.add(label, annotation, size)
+        yield from _labeled_problems(label, annotation, size, cfg, training, boxes)
     if training and all(annotation.get("iscrowd") for annotation in content["annotations"]):
         yield "it has no annotations to train with"
 
@@ -208,10 +203,7 @@ def _record_problems(
                 classes = f"0 to {len(names) - 1}" if names else "0 on"
                 yield f"{label_i}: its category_id must be from {classes}, got {category!r}"
             size = record.get("height"), record.get("width")
-            problems = list(_annotation_problems(annotation, size, cfg, training))
-            yield from (f"{label_i}: {problem}" for problem in problems)
-            if not problems and annotation.get("bbox_mode") in _BOX_MODES:
-                boxes.add(label_i, annotation, size)
+            yield from _labeled_problems(label_i, annotation, size, cfg, training, boxes)
     if index < 0:
         yield "there are none"
 
@@ -227,6 +219,16 @@ def _numbers(values) -> np.ndarray | None:
         return None
     plain = array.ndim == 1 and array.dtype.kind in "iuf"
     return array if plain and math.isfinite(array.sum()) else None
+
+
+def _labeled_problems(
+    label: str, annotation: Mapping, size: tuple, cfg: CfgNode, training: bool, boxes: "_Boxes"
+) -> list[str]:
+    """What is wrong in an annotation by itself; its box is added to the others if nothing is."""
+    problems = list(_annotation_problems(annotation, size, cfg, training))
+    if not problems:
+        boxes.add(label, annotation, size)
+    return [f"{label}: {problem}" for problem in problems]
 
 
 def _annotation_problems(
@@ -356,7 +358,8 @@ class _Boxes:
     def add(self, label: str, annotation: Mapping, size: tuple) -> None:
         """Adds an annotation that has no problem of its own."""
         mode = annotation.get("bbox_mode", BoxMode.XYWH_ABS)
-        if annotation.get("iscrowd") or mode == BoxMode.XYWHA_ABS or None in size:
+        known = mode in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
+        if annotation.get("iscrowd") or not known or None in size:
             return
         x, y, width, height = annotation["bbox"]
         if mode == BoxMode.XYXY_ABS:
