@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -192,7 +193,7 @@ class CARAFEConvTranspose2d(nn.Module):
         scale_factor: int,
         trim: tuple[int, ...] = (0, 0),
         bias: bool = True,
-        **options: int,
+        **options: Any,
     ):
         super().__init__()
         self.trim = trim
@@ -512,7 +513,7 @@ class _Plan:
     """What is to be changed in one model."""
 
     model: nn.Module
-    options: dict[str, int]
+    options: dict[str, Any]
     include: Sequence[str] | None
     exclude: Sequence[str]
     max_scale: int

@@ -5,6 +5,7 @@ Nothing here needs Detectron2.
 
 from collections.abc import Callable
 from numbers import Integral
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -63,13 +64,17 @@ class CARAFENaive(CARAFE):
     _operator = staticmethod(carafe_naive)
 
 
+NORMALIZERS = ("softmax", "sigmoid", "normalized_sigmoid", "none")
+
+
 class CARAFEPack(nn.Module):
     """The CARAFE upsampler: predicts a kernel for every output pixel and reassembles with it.
 
     Kernel prediction module (paper, section 3.2): a 1x1 convolution compresses the channels, a
     convolution over their neighborhood puts out the kernels of ``scale_factor**2`` output pixels
     for each location, and a softmax makes every kernel sum to one. The content-aware reassembly
-    module (section 3.3) applies them.
+    module (section 3.3) applies them. The other normalizers, and no compressor, are the variants
+    of the paper's ablation study.
 
     Args:
         channels: channels of the input and of the output; a multiple of ``up_group``.
@@ -78,7 +83,11 @@ class CARAFEPack(nn.Module):
         up_group: number of channel groups with kernels of their own.
         encoder_kernel: side of the content encoder's convolution, odd (k_encoder).
         encoder_dilation: dilation of that convolution.
-        compressed_channels: channels between compressor and encoder (C_m).
+        compressed_channels: channels between compressor and encoder (C_m); 0 leaves out the
+            compressor.
+        normalizer: what makes weights of the encoder's output, one of ``NORMALIZERS``: "softmax",
+            "sigmoid", "normalized_sigmoid" (the sigmoids of a kernel, divided by their sum) or
+            "none". Only with the first and the third does a kernel sum to one.
 
     Shapes:
         (N, channels, H, W) gives (N, channels, scale_factor * H, scale_factor * W).
@@ -96,6 +105,7 @@ class CARAFEPack(nn.Module):
         encoder_kernel: int = 3,
         encoder_dilation: int = 1,
         compressed_channels: int = 64,
+        normalizer: str = "softmax",
     ):
         super().__init__()
         _check_sizes(
@@ -105,8 +115,12 @@ class CARAFEPack(nn.Module):
             up_group=up_group,
             encoder_kernel=encoder_kernel,
             encoder_dilation=encoder_dilation,
-            compressed_channels=compressed_channels,
         )
+        if compressed_channels != 0:
+            _check_sizes(compressed_channels=compressed_channels)
+        if normalizer not in NORMALIZERS:
+            names = ", ".join(NORMALIZERS)
+            raise ValueError(f"normalizer must be one of {names}, got {normalizer!r}")
         if channels % up_group:
             raise ValueError(f"up_group must divide channels = {channels}, got {up_group}")
         self.channels = channels
@@ -116,10 +130,13 @@ class CARAFEPack(nn.Module):
         self.encoder_kernel = encoder_kernel
         self.encoder_dilation = encoder_dilation
         self.compressed_channels = compressed_channels
+        self.normalizer = normalizer
 
-        self.channel_compressor = nn.Conv2d(channels, compressed_channels, kernel_size=1)
+        self.channel_compressor: nn.Module = nn.Identity()
+        if compressed_channels:
+            self.channel_compressor = nn.Conv2d(channels, compressed_channels, kernel_size=1)
         self.content_encoder = nn.Conv2d(
-            compressed_channels,
+            compressed_channels or channels,
             up_group * up_kernel**2 * scale_factor**2,
             kernel_size=encoder_kernel,
             padding=encoder_dilation * (encoder_kernel - 1) // 2,
@@ -129,14 +146,27 @@ class CARAFEPack(nn.Module):
 
     def init_weights(self) -> None:
         """Initializes as published: the tiny encoder makes all kernels start as a plain mean."""
-        nn.init.xavier_uniform_(self.channel_compressor.weight)
+        if isinstance(self.channel_compressor, nn.Conv2d):
+            nn.init.xavier_uniform_(self.channel_compressor.weight)
+            _zero_bias(self.channel_compressor)
         nn.init.normal_(self.content_encoder.weight, std=0.001)
-        _zero_bias(self.channel_compressor)
         _zero_bias(self.content_encoder)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel_logits = self.content_encoder(self.channel_compressor(x))
-        return carafe_upsample(x, kernel_logits, self.up_kernel, self.up_group, self.scale_factor)
+        logits = self.content_encoder(self.channel_compressor(x))
+        sizes = self.up_kernel, self.up_group, self.scale_factor
+        if self.normalizer in ("sigmoid", "none"):
+            masks = _pixel_shuffle(logits, self.scale_factor)
+            return carafe(x, masks.sigmoid() if self.normalizer == "sigmoid" else masks, *sizes)
+        if self.normalizer == "normalized_sigmoid":
+            logits = F.logsigmoid(logits)  # the softmax of these is what is asked for
+        return carafe_upsample(x, logits, *sizes)
+
+
+def _pixel_shuffle(x: Tensor, scale: int) -> Tensor:
+    """``F.pixel_shuffle``, whose gradient fails for empty batches."""
+    x = x.unflatten(1, (-1, scale, scale)).permute(0, 1, 4, 2, 5, 3)
+    return x.flatten(4, 5).flatten(2, 3)
 
 
 class PixelShufflePack(nn.Module):
@@ -198,7 +228,7 @@ UPSAMPLERS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_upsampler(name: str, channels: int, scale_factor: int = 2, **options: int) -> nn.Module:
+def build_upsampler(name: str, channels: int, scale_factor: int = 2, **options: Any) -> nn.Module:
     """Builds an upsampler that keeps the number of channels.
 
     Args:

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import carafe_d2
 from carafe_d2 import CARAFE, CARAFENaive, CARAFEPack, build_upsampler
-from carafe_d2.upsample import UPSAMPLERS
+from carafe_d2.upsample import NORMALIZERS, UPSAMPLERS
 
 
 def test_modules_call_their_operators():
@@ -19,19 +19,47 @@ def test_modules_call_their_operators():
     torch.testing.assert_close(out, CARAFENaive(3, 2, 2)(features, masks))
 
 
-def test_pack_is_compress_encode_shuffle_softmax_reassemble():
+NORMALIZE = {
+    "softmax": lambda kernels: kernels.softmax(dim=2),
+    "sigmoid": torch.sigmoid,
+    "normalized_sigmoid": lambda kernels: kernels.sigmoid() / kernels.sigmoid().sum(2, True),
+    "none": lambda kernels: kernels,
+}
+
+
+@pytest.mark.parametrize("compressed_channels", [5, 0])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_pack_is_compress_encode_shuffle_normalize_reassemble(normalizer, compressed_channels):
     """The steps of the paper's section 3, each in plain PyTorch."""
-    pack = CARAFEPack(8, 2, up_kernel=3, up_group=2, encoder_dilation=2, compressed_channels=5)
+    pack = CARAFEPack(8, 2, 3, 2, 3, 2, compressed_channels, normalizer)
     torch.nn.init.normal_(pack.content_encoder.weight)
     x = torch.randn(2, 8, 7, 5)
 
-    kernels = F.pixel_shuffle(pack.content_encoder(pack.channel_compressor(x)), 2)
-    kernels = kernels.view(2, 2, 9, 14, 10).softmax(dim=2)
+    compressed = pack.channel_compressor(x) if compressed_channels else x
+    kernels = F.pixel_shuffle(pack.content_encoder(compressed), 2)
+    kernels = NORMALIZE[normalizer](kernels.view(2, 2, 9, 14, 10))
     neighbors = F.unfold(x, 3, padding=1).view(2, 2, 4, 9, 7, 5)
     neighbors = neighbors.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
     expected = (neighbors * kernels.unsqueeze(2)).sum(dim=3).view(2, 8, 14, 10)
 
     torch.testing.assert_close(pack(x), expected)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+@pytest.mark.parametrize("shape", [(0, 4, 5, 6), (2, 4, 5, 6)])
+def test_every_normalizer_trains_also_without_boxes(normalizer, shape):
+    pack, x = CARAFEPack(4, 2, normalizer=normalizer), torch.randn(shape, requires_grad=True)
+    out = pack(x)
+    assert out.shape == (shape[0], 4, 10, 12)
+    out.sum().backward()
+    assert x.grad.shape == shape
+    assert all(p.grad is not None for p in pack.parameters())
+
+
+def test_kernels_of_normalized_sigmoids_sum_to_one_where_every_sigmoid_is_zero():
+    pack = CARAFEPack(4, 2, normalizer="normalized_sigmoid")
+    torch.nn.init.constant_(pack.content_encoder.bias, -1e4)
+    torch.testing.assert_close(pack(torch.ones(1, 4, 5, 5))[..., 4:6, 4:6], torch.ones(1, 4, 2, 2))
 
 
 def test_pack_initialization_is_the_published_one():
@@ -165,7 +193,8 @@ def test_deconvolution_kernels(kernel_size):
         ({"encoder_dilation": 0}, "encoder_dilation must be an integer of at least 1, got 0"),
         ({"up_group": 3}, "up_group must divide channels = 8, got 3"),
         ({"up_group": 0}, "up_group must be an integer of at least 1, got 0"),
-        ({"compressed_channels": 0}, "compressed_channels must be an integer of at least 1"),
+        ({"compressed_channels": -1}, "compressed_channels must be an integer of at least 1"),
+        ({"normalizer": "softMax"}, "normalizer must be one of softmax, sigmoid.*, got 'softMax'"),
         ({"channels": 0}, "channels must be an integer of at least 1, got 0"),
         ({"scale_factor": 0}, "scale_factor must be an integer of at least 1, got 0"),
         ({"scale_factor": 2.0}, r"scale_factor must be an integer of at least 1, got 2\.0"),
