@@ -2,7 +2,7 @@
 //
 //   contiguous.cuh     (N, C, H, W) in memory: a lane is a source location
 //   channels_last.cuh  (N, H, W, C) in memory: a lane is some channels
-//   general.cuh        whatever those two leave out
+//   general.cuh        whatever those two leave out, and downsampling
 //
 // None uses atomics, so results are bitwise the same from run to run. A Launcher stands for the
 // device; the one of carafe_cuda.cu is CUDA's, that of tests/cuda_emulation runs on the host:
@@ -30,9 +30,10 @@ void forward(Launcher& launcher, const Shape& shape, const Map& features, const 
     using Types = decltype(types);
     if constexpr (kSpecialized<Types>) {
       using T = typename Types::Feature;
-      if (shape.channels_last
-              ? channels_last::forward<T>(launcher, shape, features, weights, output)
-              : contiguous::forward<T>(launcher, shape, features, weights, output)) {
+      if (shape.stride == 1 &&
+          (shape.channels_last
+               ? channels_last::forward<T>(launcher, shape, features, weights, output)
+               : contiguous::forward<T>(launcher, shape, features, weights, output))) {
         return;
       }
     }
@@ -48,10 +49,12 @@ void backward(Launcher& launcher, const Shape& shape, const Map& grad_output, co
     using Types = decltype(types);
     if constexpr (kSpecialized<Types>) {
       using T = typename Types::Feature;
-      if (shape.channels_last ? channels_last::backward<T>(launcher, shape, grad_output, features,
-                                                           weights, grad_features, grad_weights)
-                              : contiguous::backward<T>(launcher, shape, grad_output, features,
-                                                        weights, grad_features, grad_weights)) {
+      if (shape.stride == 1 &&
+          (shape.channels_last
+               ? channels_last::backward<T>(launcher, shape, grad_output, features, weights,
+                                            grad_features, grad_weights)
+               : contiguous::backward<T>(launcher, shape, grad_output, features, weights,
+                                         grad_features, grad_weights))) {
         return;
       }
     }
