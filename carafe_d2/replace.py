@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .upsample import CARAFEPack, _check_sizes
+from .upsample import CARAFEPack, check_sizes
 
 _UPSAMPLING_MODULES = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
 _MODES = ("nearest", "nearest-exact", "bilinear")
@@ -155,7 +155,7 @@ def replace_upsampling(
         "encoder_dilation": encoder_dilation,
         "compressed_channels": compressed_channels,
     }
-    _check_sizes(max_scale=max_scale, **options)
+    check_sizes(max_scale=max_scale, **options)
     if not isinstance(example_inputs, tuple):
         example_inputs = (example_inputs,)
     plan = _Plan(model, options, include, exclude, max_scale)

@@ -14,7 +14,7 @@ from .ops import carafe, carafe_upsample
 from .reference import carafe_naive
 
 
-def _check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, Integral) or size < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
@@ -25,6 +25,15 @@ def _check_sizes(**sizes: int) -> None:
 def _zero_bias(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)
+
+
+def init_kernel_prediction(compressor: nn.Module, encoder: nn.Conv2d) -> None:
+    """Initializes as published: a tiny encoder, whose softmax is about a plain mean."""
+    if isinstance(compressor, nn.Conv2d):
+        nn.init.xavier_uniform_(compressor.weight)
+        _zero_bias(compressor)
+    nn.init.normal_(encoder.weight, std=0.001)
+    _zero_bias(encoder)
 
 
 class CARAFE(nn.Module):
@@ -108,7 +117,7 @@ class CARAFEPack(nn.Module):
         normalizer: str = "softmax",
     ):
         super().__init__()
-        _check_sizes(
+        check_sizes(
             channels=channels,
             scale_factor=scale_factor,
             up_kernel=up_kernel,
@@ -117,7 +126,7 @@ class CARAFEPack(nn.Module):
             encoder_dilation=encoder_dilation,
         )
         if compressed_channels != 0:
-            _check_sizes(compressed_channels=compressed_channels)
+            check_sizes(compressed_channels=compressed_channels)
         if normalizer not in NORMALIZERS:
             names = ", ".join(NORMALIZERS)
             raise ValueError(f"normalizer must be one of {names}, got {normalizer!r}")
@@ -146,11 +155,7 @@ class CARAFEPack(nn.Module):
 
     def init_weights(self) -> None:
         """Initializes as published: the tiny encoder makes all kernels start as a plain mean."""
-        if isinstance(self.channel_compressor, nn.Conv2d):
-            nn.init.xavier_uniform_(self.channel_compressor.weight)
-            _zero_bias(self.channel_compressor)
-        nn.init.normal_(self.content_encoder.weight, std=0.001)
-        _zero_bias(self.content_encoder)
+        init_kernel_prediction(self.channel_compressor, self.content_encoder)
 
     def forward(self, x: Tensor) -> Tensor:
         logits = self.content_encoder(self.channel_compressor(x))
@@ -186,7 +191,7 @@ class PixelShufflePack(nn.Module):
 
     def __init__(self, channels: int, scale_factor: int, kernel_size: int = 3):
         super().__init__()
-        _check_sizes(channels=channels, scale_factor=scale_factor, kernel_size=kernel_size)
+        check_sizes(channels=channels, scale_factor=scale_factor, kernel_size=kernel_size)
         self.scale_factor = scale_factor
         self.upsample_conv = nn.Conv2d(
             channels, channels * scale_factor**2, kernel_size, padding=(kernel_size - 1) // 2
@@ -245,5 +250,5 @@ def build_upsampler(name: str, channels: int, scale_factor: int = 2, **options: 
     """
     if name not in UPSAMPLERS:
         raise ValueError(f"upsampler must be one of {', '.join(UPSAMPLERS)}, got {name!r}")
-    _check_sizes(channels=channels, scale_factor=scale_factor)
+    check_sizes(channels=channels, scale_factor=scale_factor)
     return UPSAMPLERS[name](channels, scale_factor, **options)
