@@ -86,8 +86,6 @@ __device__ __forceinline__ void add_from_below(float& sum, float value, int delt
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
-__device__ __forceinline__ float logarithm(float x) { return logf(x); }
-__device__ __forceinline__ double logarithm(double x) { return log(x); }
 
 // Where a subpixel is among the scale * scale ones of its location. Divisions by a number that is
 // known at run time take many instructions: the usual scale does without.
@@ -163,12 +161,12 @@ __device__ __forceinline__ void softmax(float (&values)[kTaps]) {
   float largest = values[0];
 #pragma unroll
   for (int t = 1; t < kTaps; ++t) largest = fmaxf(largest, values[t]);
-  // How this is rounded makes no difference: all values have it in common.
-  const float shift = -largest * kLog2E;
   float sum = 0;
 #pragma unroll
   for (int t = 0; t < kTaps; ++t) {
-    values[t] = power_of_two(fmaf(values[t], kLog2E, shift));
+    // The maximum is subtracted first: times kLog2E, what is far from zero would lose digits that
+    // the difference has, or become infinite.
+    values[t] = power_of_two((values[t] - largest) * kLog2E);
     sum += values[t];
   }
   const float factor = reciprocal(sum);
