@@ -7,7 +7,7 @@ space of memory included. `ptx.h` has what C++ does not; it checks every access 
 
 import ctypes
 import functools
-import itertools
+import hashlib
 import re
 import subprocess
 from collections.abc import Iterator
@@ -294,7 +294,6 @@ class Translation:
     """The kernels of a PTX file, each translated and compiled when it is first asked for."""
 
     FLAGS = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fwrapv", "-w"]
-    numbers = itertools.count()  # of files, as a library of the same name would not be loaded
 
     def __init__(self, ptx: str, folder: Path):
         self.folder = folder
@@ -312,10 +311,13 @@ class Translation:
             precompiled = self.folder / "ptx.h.gch"
             if not precompiled.exists():
                 self.compile(HERE / "ptx.h", precompiled)
-            file = self.folder / f"kernel{next(self.numbers)}.cpp"
-            file.write_text(source)
-            self.compile(file, file.with_suffix(".so"))
-            self.libraries[name] = ctypes.CDLL(str(file.with_suffix(".so")))
+            # Another translation may have compiled the same: most of a PTX file with a fault.
+            file = self.folder / f"{hashlib.sha256(source.encode()).hexdigest()}.cpp"
+            library = file.with_suffix(".so")
+            if not library.exists():
+                file.write_text(source)
+                self.compile(file, library)
+            self.libraries[name] = ctypes.CDLL(str(library))
         return ctypes.cast(self.libraries[name].kernel, ctypes.c_void_p).value
 
     def compile(self, source: Path, target: Path) -> None:
