@@ -640,16 +640,18 @@ __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& gr
 
 // ----------------------------------------------------------------------------- both gradients
 
-// How many blocks of a launch work on strips and on tiles. They take turns, evenly, and both kinds
-// go through the maps in the same order: whichever comes second to a part of the output's gradient
-// is likely to find it in the L2 cache.
+// How many blocks of a launch work on strips and on tiles. They take turns, and both kinds go through
+// the maps in the same order: whichever comes second to a part of the output's gradient is likely to
+// find it in the L2 cache. The last tenth of the blocks has tiles only, so far as there are any: a
+// strip takes several times as long, and one that begins last leaves the GPU to itself.
 struct Turns {
   unsigned strips, tiles;
 
   CARAFE_HOST_DEVICE unsigned blocks() const { return strips + tiles; }
   // Blocks for strips among the first ones.
-  CARAFE_HOST_DEVICE unsigned strips_of(unsigned first_blocks) const {
-    return static_cast<unsigned>(uint64_t(first_blocks) * strips / blocks());
+  __device__ __forceinline__ unsigned strips_of(unsigned first_blocks) const {
+    const uint64_t even = uint64_t(first_blocks) * strips / (blocks() - blocks() / 10);
+    return min(min(first_blocks, strips), static_cast<unsigned>(even));
   }
 };
 
