@@ -102,6 +102,8 @@ $(STAMPS)/extension: $(STAMPS)/torch $(SOURCES)
 	@$(PIP) install --quiet 'setuptools>=77'
 	@$(PY) setup.py --quiet build_ext --inplace
 	@$(PIP) install --quiet --no-build-isolation --editable '.[train,test,lint]'
+	@# Its requirement opencv-python would write over the OpenCV that is there.
+	@$(PIP) install --quiet --no-deps ultralytics
 	@touch $@
 
 clean:

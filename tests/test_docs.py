@@ -162,9 +162,11 @@ def check_command(command: list[str]) -> None:
 
 
 @pytest.mark.parametrize("code", list(blocks("python")))
-def test_examples_run(code, tmp_path, monkeypatch):
+def test_examples_run(code, tmp_path, monkeypatch, request):
     """They run and print what the page says; of those that take long, only the imports do."""
     monkeypatch.chdir(tmp_path)
+    if "ultralytics" in code:
+        request.getfixturevalue("ultralytics")
     if NOT_RUN.search(code):
         compile(code, "example", "exec")
         code = "\n".join(re.findall(r"^(?:import|from) \w.*$", code, re.MULTILINE))
