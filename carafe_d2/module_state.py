@@ -82,12 +82,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     contents = [copy.copy(c) for c in containers]
     items = (c.values() if isinstance(c, dict) else c for c in containers)
     tensors = {item for item in chain.from_iterable(items) if isinstance(item, Tensor)}
-    lazy = [(t, t.data) for t in tensors if is_lazy(t)]
-    values = [
-        (t, t.detach().clone())
-        for t in tensors
-        if not is_lazy(t) and not isinstance(t, nn.Parameter)
-    ]
+    others = [t for t in tensors if not isinstance(t, nn.Parameter) and not is_lazy(t)]
+    values = [(t, t.detach().clone()) for t in others]
     classes: list[tuple[Any, type]] = [(m, type(m)) for m in (*model.modules(), *tensors)]
     random = torch.get_rng_state()
     cuda_random = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
@@ -97,10 +93,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
         for container, content in zip(containers, contents, strict=True):
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(content)
-        for uninitialized, data in lazy:
-            uninitialized.data = data
         for changed, kind in classes:
-            if type(changed) is not kind:
+            if type(changed) is not kind:  # a lazy module, or one of its parameters
                 changed.__class__ = kind
         for tensor, value in values:
             # In inference mode because only there all are written to. Those that cannot be, such as

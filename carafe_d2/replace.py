@@ -170,14 +170,10 @@ def replace_upsampling(
     }
     _check_sizes(max_scale=max_scale, **options)
     examples = example_inputs
-    if not (
-        isinstance(examples, list) and examples and all(isinstance(e, tuple) for e in examples)
-    ):
+    if not isinstance(examples, list) or {type(example) for example in examples} != {tuple}:
         examples = [examples if isinstance(examples, tuple) else (examples,)]
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            "DistributedDataParallel is for later: it would not synchronize new layers"
-        )
+        raise ValueError("DistributedDataParallel would not synchronize new layers: wrap later")
     # The new layers are to be trained, even where the model is looked at in inference mode.
     with torch.inference_mode(False), all_or_nothing(model):
         plan = _Plan(model, options, include, exclude, max_scale, give_each_place_its_own(model))
