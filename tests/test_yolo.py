@@ -1,6 +1,7 @@
 """CARAFE in YOLO: by name in Ultralytics' model YAMLs, and the modules that forks carry."""
 
 import copy
+import re
 from pathlib import Path
 
 import cv2
@@ -250,6 +251,18 @@ def test_by_name_in_a_yaml(name, arguments, kernel, channels, tasks, make_yaml, 
         expected = predict(model)
         model.fuse(verbose=False)
         torch.testing.assert_close(predict(model), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_recipe_of_the_documentation(tasks, make_yaml, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "operator.md").read_text()
+    (recipe,) = re.findall(r"```python\n(from ultralytics[^`]*)```", page)
+    assert sum(map(bool, recipe.splitlines())) <= 5
+    make_yaml("yolo11n.yaml", [])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delattr(tasks, "CARAFE")
+    names = {}
+    exec(recipe, names)
+    assert len(packs_of(names["model"].model)) == 2
 
 
 @pytest.mark.parametrize(
