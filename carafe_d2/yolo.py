@@ -9,6 +9,7 @@ Nothing here needs Ultralytics or Detectron2.
 
 import math
 from collections import OrderedDict
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -48,12 +49,12 @@ class BatchNormCARAFE(nn.Module):
         _check_sizes(c=c, k_enc=k_enc, k_up=k_up, c_mid=c_mid, scale=scale)
         self.scale = scale
         self.comp = _conv(c, c_mid, 1, nn.SiLU())
-        self.enc = _conv(c_mid, (scale * k_up) ** 2, k_enc, nn.Identity())
+        self.enc: Any = _conv(c_mid, (scale * k_up) ** 2, k_enc, nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
         kernel_logits = self.enc(self.comp(x))
-        # k_up is no attribute of the modules that were pickled in forks.
-        k_up = math.isqrt(kernel_logits.shape[1]) // self.scale
+        # What forks have pickled has no k_up, and YOLO's own block for enc.
+        k_up = math.isqrt(self.enc.conv.out_channels) // self.scale
         return carafe_upsample(x, kernel_logits, k_up, 1, self.scale)
 
 

@@ -120,6 +120,7 @@ def test_a_module_pickled_in_a_fork_runs_with_the_class_from_here(fork, ours, ar
     module.__class__ = ours
     x = torch.randn(1, arguments.get("c", arguments.get("c1")), 4, 5)
     torch.testing.assert_close(module(x), theirs(x))
+    torch.testing.assert_close(torch.jit.trace(module, x)(x), theirs(x))  # and is exported
 
 
 @FORKS

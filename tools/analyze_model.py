@@ -37,9 +37,14 @@ from carafe_d2.ops import flop_count_ops
 TASKS = ("flop", "activation", "parameter", "structure")
 
 
+def names_weights(opts: Sequence[str]) -> bool:
+    """Whether the command line does; those of a config file are what a training starts from."""
+    return bool(dict(zip(opts[::2], opts[1::2], strict=False)).get("MODEL.WEIGHTS"))
+
+
 def model_of(cfg: CfgNode, opts: Sequence[str]) -> nn.Module:
     """The model, with the weights that the command line names or random ones."""
-    return Predictor(cfg).model if "MODEL.WEIGHTS" in opts[::2] else build_model(cfg).eval()
+    return Predictor(cfg).model if names_weights(opts) else build_model(cfg).eval()
 
 
 def blank_image(cfg: CfgNode, height: int, width: int) -> list[dict]:
@@ -141,7 +146,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 @exit_on_user_error()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    if "MODEL.WEIGHTS" not in args.opts[::2]:
+    if not names_weights(args.opts):
         args.opts = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", *args.opts]
 
     def attempt(cfg: CfgNode) -> None:

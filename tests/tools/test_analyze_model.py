@@ -31,7 +31,7 @@ def analyze(capsys, *arguments) -> tuple[dict[str, list[str]], dict[str, dict[st
 
 
 def test_counts_a_whole_model(capsys):
-    table, totals = analyze(capsys, "--size", 64, 128, *FEW)
+    table, totals = analyze(capsys, "--size", 64, 128, *FEW, "MODEL.WEIGHTS", "")
     pyramid = sum(64 * 128 / 4**level for level in (3, 4, 5, 6))  # cells that are upsampled
     mask_head = 10 * 14 * 14
     outputs = 4 * 64 * (pyramid + mask_head)
