@@ -35,6 +35,10 @@ from carafe_d2.inference import Predictor, split_opts
 from carafe_d2.ops import flop_count_ops
 
 TASKS = ("flop", "activation", "parameter", "structure")
+WITH_RANDOM_WEIGHTS = [
+    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
+    *("MODEL.BACKBONE.PRETRAINED", "False"),  # would be a download
+]
 
 
 def names_weights(opts: Sequence[str]) -> bool:
@@ -147,7 +151,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if not names_weights(args.opts):
-        args.opts = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", *args.opts]
+        args.opts = [*WITH_RANDOM_WEIGHTS, *args.opts]
 
     def attempt(cfg: CfgNode) -> None:
         analyses_of(model_of(cfg, args.opts), blank_image(cfg, 64, 64))[0].total()

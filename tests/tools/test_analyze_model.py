@@ -83,6 +83,13 @@ def test_prints_parameters_and_structure(capsys):
     assert "flop" not in output
 
 
+def test_downloads_nothing(capsys, monkeypatch):
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", None)
+    config = "mask_rcnn_mobilenet_v2_FPN_carafe_1x.yaml"
+    analyze_model.main(["--config-file", config, "--tasks", "parameter"])
+    assert "backbone.fpn_upsample2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
