@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import groupby
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -211,7 +212,7 @@ class CARAFEConvTranspose2d(nn.Module):
         scale_factor: int,
         trim: tuple[int, ...] = (0, 0),
         bias: bool = True,
-        **options: int,
+        **options: Any,
     ):
         super().__init__()
         self.trim = trim
@@ -515,7 +516,7 @@ class _Plan:
     """What is to be changed in one model."""
 
     model: nn.Module
-    options: dict[str, int]
+    options: dict[str, Any]
     include: Sequence[str] | None
     exclude: Sequence[str]
     max_scale: int
