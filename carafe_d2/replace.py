@@ -32,7 +32,7 @@ from .module_state import (
     give_each_place_its_own,
     inherit,
 )
-from .upsample import CARAFEPack, _check_sizes
+from .upsample import CARAFEPack, _check_sizes, check_options
 
 _MODES = ("nearest", "nearest-exact", "bilinear")
 _MIN_CHANNELS = 4
@@ -112,6 +112,7 @@ def replace_upsampling(
     encoder_kernel: int = 3,
     encoder_dilation: int = 1,
     compressed_channels: int = 64,
+    normalizer: str = "softmax",
 ) -> UpsamplingReport:
     """Puts CARAFE, freshly initialized, in the place of a model's upsampling; changes it in place.
 
@@ -152,8 +153,8 @@ def replace_upsampling(
         exclude: patterns of names that are left alone.
         max_scale: largest factor that is replaced. Those in the paper are all 2; larger ones mostly
             enlarge class scores at the end of a network, where the paper keeps to bilinear.
-        up_kernel, up_group, encoder_kernel, encoder_dilation, compressed_channels: of every
-            :class:`CARAFEPack`.
+        up_kernel, up_group, encoder_kernel, encoder_dilation, compressed_channels, normalizer: of
+            every :class:`CARAFEPack`.
 
     Returns:
         What was replaced, and as ``left_alone`` what was not, with the reasons.
@@ -162,14 +163,16 @@ def replace_upsampling(
         ValueError: an argument is out of its range, or the model distributed already.
         RuntimeError: the model does not run on an example, as it is or with CARAFE.
     """
-    options = {
+    options: dict[str, Any] = {
         "up_kernel": up_kernel,
         "up_group": up_group,
         "encoder_kernel": encoder_kernel,
         "encoder_dilation": encoder_dilation,
         "compressed_channels": compressed_channels,
+        "normalizer": normalizer,
     }
-    _check_sizes(max_scale=max_scale, **options)
+    _check_sizes(max_scale=max_scale)
+    check_options(**options)
     examples = example_inputs
     if not isinstance(examples, list) or {type(example) for example in examples} != {tuple}:
         examples = [examples if isinstance(examples, tuple) else (examples,)]

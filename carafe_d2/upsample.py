@@ -102,6 +102,20 @@ class CARAFENaive(CARAFE):
 NORMALIZERS = ("softmax", "sigmoid", "normalized_sigmoid", "none")
 
 
+def check_options(normalizer: str, compressed_channels: int, **sizes: int) -> None:
+    """Checks the arguments of :class:`CARAFEPack` that do not depend on the map.
+
+    Raises:
+        ValueError: one is out of its range; the message names it.
+    """
+    _check_sizes(**sizes)
+    if compressed_channels != 0:
+        _check_sizes(compressed_channels=compressed_channels)
+    if normalizer not in NORMALIZERS:
+        names = ", ".join(NORMALIZERS)
+        raise ValueError(f"normalizer must be one of {names}, got {normalizer!r}")
+
+
 class CARAFEPack(nn.Module):
     """The CARAFE upsampler: predicts a kernel for every output pixel and reassembles with it.
 
@@ -143,19 +157,15 @@ class CARAFEPack(nn.Module):
         normalizer: str = "softmax",
     ):
         super().__init__()
-        _check_sizes(
-            channels=channels,
-            scale_factor=scale_factor,
+        _check_sizes(channels=channels, scale_factor=scale_factor)
+        check_options(
+            normalizer,
+            compressed_channels,
             up_kernel=up_kernel,
             up_group=up_group,
             encoder_kernel=encoder_kernel,
             encoder_dilation=encoder_dilation,
         )
-        if compressed_channels != 0:
-            _check_sizes(compressed_channels=compressed_channels)
-        if normalizer not in NORMALIZERS:
-            names = ", ".join(NORMALIZERS)
-            raise ValueError(f"normalizer must be one of {names}, got {normalizer!r}")
         if channels % up_group:
             raise ValueError(f"up_group must divide channels = {channels}, got {up_group}")
         self.channels = channels

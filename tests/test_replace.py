@@ -120,7 +120,7 @@ def test_unet_is_changed_by_name_and_trains(build, names):
     torch.manual_seed(0)
     model, x = build(), torch.randn(2, 3, 32, 32)
     before = count(model)
-    report = replace_upsampling(model, x, compressed_channels=8)
+    report = replace_upsampling(model, x, compressed_channels=8, normalizer="sigmoid")
     packs = [m for m in model.modules() if isinstance(m, CARAFEPack)]
     assert [site.name for site in report] == names
     assert [(site.channels, site.scale) for site in report] == [(32, 2), (16, 2)]
@@ -128,6 +128,7 @@ def test_unet_is_changed_by_name_and_trains(build, names):
     assert report.left_alone == []
     assert type(model) is UNet and model.training
     assert [(p.channels, p.compressed_channels) for p in packs] == [(32, 8), (16, 8)]
+    assert {p.normalizer for p in packs} == {"sigmoid"}
     assert model(torch.randn(2, 3, 48, 64)).shape == (2, 5, 48, 64)
 
     F.cross_entropy(model(x), torch.randint(5, (2, 32, 32))).backward()

@@ -157,13 +157,11 @@ def test_wrong_arguments_are_named(module, arguments, message):
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
+def tasks(ultralytics):
     """The module of Ultralytics whose names a YAML may use, with CARAFE among them."""
+    from ultralytics.nn import tasks
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("YOLO_CONFIG_DIR", str(tmp_path_factory.mktemp("ultralytics")))
-        patch.setenv("YOLO_AUTOINSTALL", "false")
-        patch.setenv("YOLO_OFFLINE", "true")
-        tasks = pytest.importorskip("ultralytics.nn.tasks")
         patch.setattr(tasks, "CARAFE", LazyCARAFEPack, raising=False)
         yield tasks
 
