@@ -583,11 +583,11 @@ PTX_CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["compute_80", "compute_100"])
-def some_ptx(request, folder) -> str:
+@pytest.fixture(scope="module")
+def some_ptx(folder) -> str:
     source = folder / "some_kernels.cu"
     source.write_text(SOME_KERNELS)
-    return compile_to_ptx(source, request.param, folder)
+    return compile_to_ptx(source, os.environ.get(PTX) or "compute_80", folder)
 
 
 @pytest.fixture(scope="module")
@@ -620,7 +620,6 @@ FAULTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("some_ptx", ["compute_80"], indirect=True)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_in_ptx_are_noticed(emulation, some_ptx, fault, folder):
     case, pattern, replacement, report = FAULTS[fault]
