@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <string>
@@ -172,12 +173,9 @@ struct Access {
   }
 
   void check_global(bool writes) const {
-    const std::pair<const uint64_t, Memory>* nearest = nullptr;
-    for (const auto& memory : global_memory) {
-      if (memory.first <= address || nearest == nullptr) nearest = &memory;
-    }
-    if (nearest == nullptr) fail("is out of range: there is no global memory");
-    const auto& [begin, memory] = *nearest;
+    if (global_memory.empty()) fail("is out of range: there is no global memory");
+    const auto next = global_memory.upper_bound(address);
+    const auto& [begin, memory] = *(next == global_memory.begin() ? next : std::prev(next));
     if (address < begin || address + bytes > memory.end) {
       fail("is out of range, at byte " + std::to_string(static_cast<int64_t>(address - begin)) +
            " of " + memory.name + ", which has " + std::to_string(memory.end - begin));

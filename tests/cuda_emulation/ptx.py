@@ -103,7 +103,7 @@ VALUES = {
 # The others; here a is the first operand.
 EFFECTS = {
     "st.shared.v{n=2|4}?.T": "shared.store<{T}, {n}>({a:[]}, {b:[T]}, {at})",
-    "st.{space=param|global|local}.v{n=2|4}?.T": "store_{space}<{T}, {n}>({a:[]}, {b:[T]}, {at})",
+    "st.{space=global|local}.v{n=2|4}?.T": "store_{space}<{T}, {n}>({a:[]}, {b:[T]}, {at})",
     "bar.sync": "synchronize<{a:u32}>({at})",
     "bar.warp.sync": "synchronize_warp({a:b32}, {at})",
     "bra.uni?": "goto {a:label}",
