@@ -587,7 +587,7 @@ PTX_CASES = [
 def some_ptx(folder) -> str:
     source = folder / "some_kernels.cu"
     source.write_text(SOME_KERNELS)
-    return compile_to_ptx(source, os.environ.get(PTX) or "compute_80", folder)
+    return compile_to_ptx(source, "compute_80", folder)
 
 
 @pytest.fixture(scope="module")
