@@ -3,15 +3,23 @@
 The emulator (`cuda_emulation/`, tested by test_cuda_emulator.py) plays CUDA's execution model, and
 `emulated_kernels.cpp` launches the kernels as csrc/cuda/carafe_cuda.cu does. Every case is compared
 with the definition, and runs with the threads in opposite orders, which must not change a bit.
+
+With CARAFE_D2_PTX=compute_80, or another virtual architecture, what nvcc makes of the kernels runs
+in their place, through a translator of PTX (`cuda_emulation/ptx.py`, tested by test_ptx.py).
 """
 
 import ctypes
 import itertools
 import os
 import platform
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +31,9 @@ import carafe_d2
 from carafe_d2.reference import carafe_naive, carafe_upsample_naive
 from carafe_d2.testing import extreme_logits
 
-SOURCE = Path(__file__).parent / "cuda_emulation" / "emulated_kernels.cpp"
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "tests" / "cuda_emulation" / "emulated_kernels.cpp"
+PTX = "CARAFE_D2_PTX"  # the virtual architecture whose PTX all tests are to run
 SANITIZED = "CARAFE_D2_SANITIZED_EMULATION"  # the library that a process of its own tests
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # enum Type in csrc/carafe.h
 F64, F32, F16, BF16 = TYPES
@@ -98,16 +108,62 @@ def compiled(folder: Path, *flags: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def emulation(tmp_path_factory) -> ctypes.CDLL:
-    library = os.environ.get(SANITIZED) or compiled(tmp_path_factory.mktemp("emulation"), "-O1")
-    return load(library)
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("emulation")
+
+
+@pytest.fixture(scope="module")
+def emulation(folder) -> Iterator[ctypes.CDLL]:
+    library = load(os.environ.get(SANITIZED) or compiled(folder, "-O1"))
+    if architecture := os.environ.get(PTX):
+        ptx = compile_to_ptx(ROOT / "csrc" / "cuda" / "carafe_cuda.cu", architecture, folder)
+        with replaced_kernels(library, Translation(ptx, folder)):
+            yield library
+    else:
+        yield library
 
 
 def load(library: str | Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     for function in (loaded.emulate_forward, loaded.emulate_backward, loaded.take_launched):
         function.restype = ctypes.c_char_p
+    loaded.find_kernel = None
     return loaded
+
+
+Translation = runpy.run_path(str(SOURCE.with_name("ptx.py")))["Translation"]
+
+
+@contextmanager
+def replaced_kernels(library: ctypes.CDLL, translation: Translation) -> Iterator[None]:
+    """In there, translated ones run in the place of the library's."""
+
+    def find(name: bytes) -> int | None:
+        try:
+            return translation(name)
+        except Exception:  # which C++ could not pass on; it says which kernel is missing
+            traceback.print_exc()
+            return None
+
+    before = library.find_kernel
+    library.find_kernel = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(find)
+    library.replace_kernels(library.find_kernel)
+    try:
+        yield
+    finally:
+        library.find_kernel = before
+        library.replace_kernels(before)
+
+
+def compile_to_ptx(source: Path, architecture: str, folder: Path) -> str:
+    """What nvcc makes of a source file, compiled as setup.py does."""
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    nvcc = setup["find_nvcc"]() or pytest.skip("needs nvcc")
+    target = folder / "kernels.ptx"
+    command = [*setup["compile_command"](source, nvcc, []), "-ptx", f"-arch={architecture}"]
+    include = ["-I", ROOT / "csrc" / "cuda"]
+    subprocess.run([*command, *include, source, "-o", target], check=True)
+    return target.read_text()
 
 
 # ------------------------------------------------------------------------------------------- cases
@@ -496,6 +552,86 @@ def test_maps_without_channels_give_weights_no_gradient(emulation, kernel, scale
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
+# ------------------------------------------------------------------------------- what nvcc makes
+
+# What the tests below run. To compile all kernels takes minutes: that is for CARAFE_D2_PTX.
+SOME_KERNELS = """
+#include "carafe.cuh"
+using namespace carafe_d2;
+void* const kernels[] = {
+    reinterpret_cast<void*>(contiguous::forward_kernel<5, float>),
+    reinterpret_cast<void*>(contiguous::backward_kernel<5, float>),
+    reinterpret_cast<void*>(channels_last::forward_kernel<3, Half>),
+    reinterpret_cast<void*>(channels_last::backward_features_kernel<3, Half>),
+    reinterpret_cast<void*>(channels_last::backward_weights_kernel<3, Half>),
+    reinterpret_cast<void*>(general::forward_kernel<double, double, double>),
+    reinterpret_cast<void*>(general::normalizer_kernel<double, double>),
+    reinterpret_cast<void*>(general::backward_features_kernel<double, double, double>),
+    reinterpret_cast<void*>(general::backward_weights_kernel<double, double, double>),
+};
+"""
+HALF_STRIPS = Case((2, 20, 5, 16))  # so narrow that a warp has two of them beside each other
+CHANNELS_LAST = Case((2, 40, 5, 9), kernel=3, dtypes=(F16, F16), channels_last=True)
+PTX_CASES = [
+    HALF_STRIPS,
+    Case((1, 36, 9, 37), group=2),
+    Case((2, 20, 5, 9), memory="unaligned"),
+    CHANNELS_LAST,
+    replace(CHANNELS_LAST, shape=(1, 32, 3, 11), scale=4),
+    Case((2, 12, 3, 5), scale=3, dtypes=(F64, F64)),
+    Case((2, 12, 5, 3), kernel=9, dtypes=(F64, F64), channels_last=True),
+]
+
+
+@pytest.fixture(scope="module")
+def some_ptx(folder) -> str:
+    source = folder / "some_kernels.cu"
+    source.write_text(SOME_KERNELS)
+    return compile_to_ptx(source, "compute_80", folder)
+
+
+@pytest.fixture(scope="module")
+def translation(some_ptx, folder) -> Translation:
+    return Translation(some_ptx, folder)
+
+
+@pytest.mark.slow
+@OPERATORS
+@pytest.mark.parametrize("case", PTX_CASES, ids=range(len(PTX_CASES)))
+def test_ptx(emulation, translation, case, fused):
+    with replaced_kernels(emulation, translation):
+        check(emulation, replace(case, fused=fused))
+
+
+# What to put in the place of what in the PTX, and how that is noticed.
+FAULTS = {
+    "no clamp": (CHANNELS_LAST, r"max\.s32\s+(\S+), (\S+), 0;", r"mov.b32 \1, \2;", "out of range"),
+    "no bounds of stores": (
+        HALF_STRIPS,
+        r"@%p\d+ bra \s*\S+;(?=(\n(?!\s*@).*){1,4}\n\s*st\.global\.v2)",
+        "",
+        "8-byte store to global memory at ptx:\\d+ is out of range, at byte .* of output",
+    ),
+    "no predicate": (HALF_STRIPS, "@p add", "add", "not close"),
+    "no segment": (HALF_STRIPS, r"(shfl\S+ x\|p, \S+ \S+) %r\d+", r"\1 31", "not close"),
+    "no barrier of warps": (HALF_STRIPS, r"bar\.warp\.sync[^;]*;", "", "race|before it was"),
+    "no barrier": (HALF_STRIPS, r"bar\.sync[^;]*;", "", "race|before it was"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_in_ptx_are_noticed(emulation, some_ptx, fault, folder):
+    case, pattern, replacement, report = FAULTS[fault]
+    ptx, count = re.subn(pattern, replacement, some_ptx)
+    assert count > 0
+    with (
+        replaced_kernels(emulation, Translation(ptx, folder)),
+        pytest.raises(AssertionError, match=report),
+    ):
+        check(emulation, case)
+
+
 # ---------------------------------------------------------------------------------- sanitizers
 
 
@@ -507,6 +643,7 @@ def run_sanitized(tmp_path_factory, sanitizer_runtimes):
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1"]
     variables = {
         SANITIZED: str(compiled(folder, *flags)),
+        PTX: "",
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself and PyTorch never free some memory
         "LD_PRELOAD": runtimes,
         "PYTHONPATH": str(Path(carafe_d2.__file__).parents[1]),

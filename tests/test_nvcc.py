@@ -201,6 +201,24 @@ def test_no_kernel_uses_atomics(machine_code):
     assert not [name for name, code in machine_code.items() if pattern.search(code)]
 
 
+# LD.E and ST.E, where LDG and STG are for global memory, LDS and STS for shared memory.
+GENERIC = re.compile(r"\b(?:LD|ST)(?:\.\w+)* ")
+
+
+def test_every_load_and_store_knows_its_memory(machine_code):
+    """The others look at each address first, and wait for both global and shared memory."""
+    assert not [name for name, code in machine_code.items() if GENERIC.search(code)]
+
+
+def test_generic_loads_and_stores_are_noticed(tmp_path):
+    source, output = tmp_path / "generic.cu", tmp_path / "generic.cubin"
+    source.write_text('__global__ void generic(float* x) { asm("" : "+l"(x)); x[0] += 1; }\n')
+    compile_for(source, SASS_ARCH, output)
+    command = [find_tool("cuobjdump"), "-sass", output]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [found.split(".")[0] for found in GENERIC.findall(listing)] == ["LD", "ST"]
+
+
 @pytest.mark.parametrize("kernel", ["forward", "backward_features", "backward_weights"])
 def test_channels_last_float32_kernels_load_16_bytes_at_a_time(machine_code, kernel):
     """Of a contiguous map, a thread loads the value of its column; of this one, some channels."""

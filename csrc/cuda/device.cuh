@@ -56,11 +56,13 @@ __device__ __forceinline__ float reciprocal(float x) {
   return result;
 }
 
-// Keeps the compiler from taking apart how a pointer came about, to have sums that do not change in
-// a loop in registers, where none are left.
+// Keeps the compiler from taking apart how a pointer to global memory came about, to have sums that
+// do not change in a loop in registers, where none are left. It still knows which memory that is.
 template <typename T>
 __device__ __forceinline__ void forget_origin(T*& pointer) {
-  asm("" : "+l"(pointer));
+  size_t address = __cvta_generic_to_global(pointer);
+  asm("" : "+l"(address));
+  pointer = static_cast<T*>(__cvta_global_to_generic(address));
 }
 
 // Adds the value that lane + delta has, or lane - delta, where that lane is one of the same `width`

@@ -11,10 +11,12 @@
 #include <cstring>
 #include <cxxabi.h>
 #include <dlfcn.h>
+#include <functional>
 #include <math.h>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "block.h"
 #include "shared_memory.h"
@@ -172,13 +174,18 @@ inline void add_from_below(float& sum, float value, unsigned delta, int width) {
 
 namespace cuda_emulation {
 
-// Its name with template arguments, as far as the library exports it.
-inline std::string name_of(void* kernel) {
+// Its mangled name, as far as the library exports it.
+inline const char* symbol_of(void* kernel) {
   Dl_info info;
-  if (dladdr(kernel, &info) == 0 || info.dli_sname == nullptr) return "kernel";
+  return dladdr(kernel, &info) && info.dli_sname ? info.dli_sname : "kernel";
+}
+
+// Its name with template arguments.
+inline std::string name_of(void* kernel) {
+  const char* symbol = symbol_of(kernel);
   int status = 0;
-  char* demangled = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
-  std::string name = status == 0 ? demangled : info.dli_sname;
+  char* demangled = abi::__cxa_demangle(symbol, nullptr, nullptr, &status);
+  std::string name = status == 0 ? demangled : symbol;
   std::free(demangled);
   if (name.rfind("void ", 0) == 0) name.erase(0, 5);  // templates come with the type they return
   int depth = 0;
@@ -197,19 +204,25 @@ inline void check_size(const std::string& kernel, const char* what, const dim3& 
                            ", where every size is from 1 to those of " + text(most));
 }
 
-// kernel<<<grid, block>>>(arguments...), in an order of threads (see Block).
-template <typename... Parameters, typename... Arguments>
-void emulate(unsigned order, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-             const Arguments&... arguments) {
-  static_assert((std::is_trivially_copyable_v<Parameters> && ...));
-  static_assert((sizeof(Parameters) + ... + 0) <= 4096);
-  const std::string name = name_of(reinterpret_cast<void*>(kernel));
+// A launch whose threads call `body`, in an order of threads (see Block).
+inline void emulate(unsigned order, const std::string& name, dim3 grid, dim3 block,
+                    std::function<void()> body) {
   check_size(name, "grid", grid, {0x7fffffff, 65535, 65535});
   check_size(name, "block", block, {1024, 1024, 64});
   if (volume(block) > 1024) throw std::runtime_error(name + ": a block has at most 1024 threads");
   gridDim = grid;
   blockDim = block;
-  Block(name, order).run([&] { kernel(arguments...); });
+  Block(name, order).run(std::move(body));
+}
+
+// kernel<<<grid, block>>>(arguments...)
+template <typename... Parameters, typename... Arguments>
+void emulate(unsigned order, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+             const Arguments&... arguments) {
+  static_assert((std::is_trivially_copyable_v<Parameters> && ...));
+  static_assert((sizeof(Parameters) + ... + 0) <= 4096);
+  emulate(order, name_of(reinterpret_cast<void*>(kernel)), grid, block,
+          [&] { kernel(arguments...); });
 }
 
 // For C interfaces: null, or what body() throws.
