@@ -63,6 +63,7 @@ Device = struct(
     ("order", ctypes.c_uint),
     ("multiprocessors", ctypes.c_int),
     ("general_blocks", ctypes.c_uint),
+    ("tensor_cores", ctypes.c_bool),
 )
 
 
@@ -193,9 +194,10 @@ class Operator:
         order: int = FORWARD,
         multiprocessors: int = 2,
         general_blocks: int = 0,
+        tensor_cores: bool = True,
     ):
         self.library = library
-        self.device = Device(order, multiprocessors, general_blocks)
+        self.device = Device(order, multiprocessors, general_blocks, tensor_cores)
 
     def forward(self, case: Case, features, weights, grad_output) -> Tensor:
         out = poisoned(arranged(grad_output, "dense", case.channels_last))
@@ -381,6 +383,55 @@ def test_gradients_of_contiguous_maps_are_one_launch(emulation, wanted, fused):
     Operator(emulation).backward(case, *case.inputs(), wanted=wanted)
     (kernel,) = launched(emulation)
     assert kernel.startswith("contiguous::backward_kernel<5")
+
+
+TENSOR_CORE_CASES = [
+    Case((1, 1, 1, 2)),
+    Case((2, 40, 9, 12), group=2),
+    Case((1, 70, 5, 38)),
+    Case((1, 16, 13, 14), memory="unaligned"),
+    Case((2, 36, 4, 66), memory="cropped"),
+    Case((3, 8, 7, 8), memory="expanded"),
+]
+
+
+@OPERATORS
+@pytest.mark.parametrize("dtypes", [pair for pair in DTYPES if pair[0] in (F16, BF16)], ids=str)
+@pytest.mark.parametrize("case", TENSOR_CORE_CASES, ids=lambda case: str(case.shape))
+def test_half_types_with_tensor_cores_and_without(emulation, case, dtypes, fused):
+    case = replace(case, dtypes=dtypes, fused=fused)
+    for multiprocessors in (1, 132):
+        check(emulation, case, multiprocessors)
+        check(emulation, case, multiprocessors, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (Case(dtypes=(F16, F16)), True),
+        (Case(dtypes=(BF16, F32)), True),
+        (Case(dtypes=(F16, F32), fused=True), True),
+        (Case(dtypes=(F16, F32)), False),  # whose masks may be too large for float16
+        (Case(dtypes=(F32, F32)), False),
+        (Case(dtypes=(F16, F16), kernel=3), False),
+        (Case(dtypes=(F16, F16), scale=4), False),
+        (Case(dtypes=(F16, F16), channels_last=True), False),
+        (Case(dtypes=(F16, F16), memory="unaligned"), False),
+    ],
+)
+def test_where_tensor_cores_are_used(emulation, case, expected):
+    case = replace(case, shape=(2, 20, 5, 8))
+    assert ("tensor_cores" in kernels_of_case(emulation, case)) == expected
+
+
+def test_masks_beyond_float16(emulation):
+    case = Case((1, 16, 4, 8), dtypes=(F16, F32))
+    features, masks, grad_output = case.inputs()
+    inputs = features * 1e-3, masks * 1e5, grad_output * 1e-3
+    expected = case.expected(*inputs)[0]
+    torch.testing.assert_close(
+        Operator(emulation).forward(case, *inputs).double(), expected, rtol=2e-3, atol=1
+    )
 
 
 # ----------------------------------------------------------------------------- promises and limits

@@ -16,6 +16,7 @@
 #include <string>
 #include <type_traits>
 
+#include "../../csrc/half.h"
 #include "block.h"
 #include "shared_memory.h"
 
@@ -164,6 +165,55 @@ inline void add_from_above(float& sum, float value, unsigned delta, int width) {
 inline void add_from_below(float& sum, float value, unsigned delta, int width) {
   const float other = __shfl_up_sync(~0u, value, delta, width);
   if (threadIdx.x % width >= delta) sum += other;
+}
+
+// Copies happen as late as they may.
+inline std::function<void()> copies_of_block[1024];
+
+template <int kWords>
+void copy_async(const SharedArray<uint32_t>& shared, int index, const void* source) {
+  const auto words = *static_cast<const Vector<uint32_t, kWords>*>(source);
+  auto& copies = copies_of_block[threadIdx.x];
+  copies = [=, earlier = std::move(copies)] {
+    if (earlier) earlier();
+    shared.set(index, words);
+  };
+}
+
+inline void wait_for_copies() {
+  if (const auto copies = std::exchange(copies_of_block[threadIdx.x], nullptr)) copies();
+}
+
+template <typename T>
+uint32_t to_word(float first, float second) {
+  T values[2];
+  from_float(first, values[0]);
+  from_float(second, values[1]);
+  return values[0].bits | static_cast<uint32_t>(values[1].bits) << 16;
+}
+
+template <typename T>
+void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&c)[4]) {
+  static uint32_t words_of_block[1024][6];  // of its threads: a and b
+  const unsigned lane = threadIdx.x % warpSize;
+  const auto words = words_of_block + (threadIdx.x - lane);
+  std::copy_n(a, 4, words[lane]);
+  std::copy_n(b, 2, words[lane] + 4);
+  // All lanes have to take part; and none goes on before the others have read.
+  const cuda_emulation::Wait wait = {"mma", cuda_emulation::Place::here(), ~0u};
+  cuda_emulation::Block::current().exchange(wait);
+  const auto value = [&](unsigned lane, int word, int half) {
+    return to_float(T{static_cast<uint16_t>(words[lane][word] >> 16 * half)});
+  };
+  for (unsigned j = 0; j < 4; ++j) {
+    const unsigned row = lane / 4, column = lane % 4 * 2 + j % 2;
+    for (int t = 0; t < 16; ++t) {
+      const unsigned i = t / 2 % 4;
+      c[j] +=
+          value(row * 4 + i, t / 8 * 2 + j / 2, t % 2) * value(column * 4 + i, t / 8 + 4, t % 2);
+    }
+  }
+  cuda_emulation::Block::current().exchange(wait);
 }
 
 }  // namespace carafe_d2
