@@ -383,6 +383,10 @@ def test_gradients_of_contiguous_maps_are_one_launch(emulation, wanted, fused):
     Operator(emulation).backward(case, *case.inputs(), wanted=wanted)
     (kernel,) = launched(emulation)
     assert kernel.startswith("contiguous::backward_kernel<5")
+    case = replace(case, shape=(2, 20, 5, 8), dtypes=(F16, F16))
+    Operator(emulation).backward(case, *case.inputs(), wanted=wanted)
+    (kernel,) = launched(emulation)
+    assert kernel.startswith("tensor_cores::backward_kernel<Half")
 
 
 TENSOR_CORE_CASES = [
@@ -408,20 +412,20 @@ def test_half_types_with_tensor_cores_and_without(emulation, case, dtypes, fused
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        (Case(dtypes=(F16, F16)), True),
-        (Case(dtypes=(BF16, F32)), True),
-        (Case(dtypes=(F16, F32), fused=True), True),
-        (Case(dtypes=(F16, F32)), False),  # whose masks may be too large for float16
-        (Case(dtypes=(F32, F32)), False),
-        (Case(dtypes=(F16, F16), kernel=3), False),
-        (Case(dtypes=(F16, F16), scale=4), False),
-        (Case(dtypes=(F16, F16), channels_last=True), False),
-        (Case(dtypes=(F16, F16), memory="unaligned"), False),
+        (Case(dtypes=(F16, F16)), "tensor_cores"),
+        (Case(dtypes=(BF16, F32)), "tensor_cores"),
+        (Case(dtypes=(F16, F32), fused=True), "tensor_cores"),
+        (Case(dtypes=(F16, F32)), "contiguous"),  # whose masks may be too large for float16
+        (Case(dtypes=(F32, F32)), "contiguous"),
+        (Case(dtypes=(F16, F16), kernel=3), "contiguous"),
+        (Case(dtypes=(F16, F16), scale=4), "contiguous"),
+        (Case(dtypes=(F16, F16), memory="unaligned"), "contiguous"),
+        (Case(dtypes=(F16, F16), channels_last=True), "channels_last"),
     ],
+    ids=str,
 )
 def test_where_tensor_cores_are_used(emulation, case, expected):
-    case = replace(case, shape=(2, 20, 5, 8))
-    assert ("tensor_cores" in kernels_of_case(emulation, case)) == expected
+    assert kernels_of_case(emulation, replace(case, shape=(2, 20, 5, 8))) == {expected}
 
 
 def test_masks_beyond_float16(emulation):

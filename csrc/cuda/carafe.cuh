@@ -59,6 +59,13 @@ void backward(Launcher& launcher, const Shape& shape, const Map& grad_output, co
     using Types = decltype(types);
     if constexpr (kSpecialized<Types>) {
       using T = typename Types::Feature;
+      if constexpr (kHalfType<Types>) {
+        if (!shape.channels_last &&
+            tensor_cores::backward<T>(launcher, shape, grad_output, features, weights,
+                                      grad_features, grad_weights)) {
+          return;
+        }
+      }
       if (shape.channels_last ? channels_last::backward<T>(launcher, shape, grad_output, features,
                                                            weights, grad_features, grad_weights)
                               : contiguous::backward<T>(launcher, shape, grad_output, features,

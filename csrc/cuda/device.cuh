@@ -57,12 +57,13 @@ __device__ __forceinline__ float reciprocal(float x) {
   return result;
 }
 
-// Keeps the compiler from taking apart how a pointer came about, to have sums that do not change in
+// Keeps the compiler from taking apart how a value came about, to have sums that do not change in
 // a loop in registers, where none are left.
 template <typename T>
 __device__ __forceinline__ void forget_origin(T*& pointer) {
   asm("" : "+l"(pointer));
 }
+__device__ __forceinline__ void forget_origin(unsigned& value) { asm("" : "+r"(value)); }
 
 // Adds the value that lane + delta has, or lane - delta, where that lane is one of the same `width`
 // lanes. The shuffle knows whether it is, so nobody has to compute that.

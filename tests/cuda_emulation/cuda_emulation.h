@@ -51,6 +51,16 @@ T __ldg(const T* source) {
   return *source;
 }
 
+// The bytes of a (0 to 3) and b (4 to 7) that the lower half-bytes of `selector` name.
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  }
+  return result;
+}
+
 // ------------------------------------------------------------------- barriers, shuffles, votes
 
 namespace cuda_emulation {
@@ -156,7 +166,7 @@ inline float power_of_two(float x) { return exp2f(x); }
 inline float reciprocal(float x) { return 1 / x; }
 
 template <typename T>
-void forget_origin(T*&) {}
+void forget_origin(T&) {}
 
 inline void add_from_above(float& sum, float value, unsigned delta, int width) {
   const float other = __shfl_down_sync(~0u, value, delta, width);
