@@ -44,6 +44,8 @@ _HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     )
 ]
 
+_KEY_OF_CONSTANT = {"pixel_mean": "MODEL.PIXEL_MEAN", "pixel_std": "MODEL.PIXEL_STD"}
+
 # Blocks of each stage, and convolutions in a block, of the ResNets by their depth.
 _RESNETS = {
     ((2, 2, 2, 2), 2): 18,
@@ -138,11 +140,28 @@ class CarafeCheckpointer(DetectionCheckpointer):
             return self._convert(filename, checkpoint["model"], weights)
         if isinstance(checkpoint["model"], Mapping) and "state_dict" in checkpoint["model"]:
             checkpoint["model"] = checkpoint["model"]["state_dict"]  # as Lightning and others save
+        model = self.model.state_dict()
+        check_is_state_dict(filename, checkpoint["model"])
         if not checkpoint.get("matching_heuristics", False):
-            model = self.model.state_dict()
-            _check_is_state_dict(filename, checkpoint["model"], model)
-            checkpoint["model"] = _unwrapped(checkpoint["model"], model)
+            checkpoint["model"] = _unwrapped(filename, checkpoint["model"], model)
+        _check_values(filename, checkpoint["model"], model)
+        self._drop_constants(filename, checkpoint["model"], model)
         return checkpoint
+
+    def _drop_constants(self, filename: str, weights: dict, model: Mapping[str, Tensor]) -> None:
+        """Takes out what the config determines and old checkpoints hold; it has to be the same."""
+        for name, constant in self.model.named_buffers():
+            if name in model or name not in weights:
+                continue
+            value = torch.as_tensor(weights.pop(name)).flatten().float()
+            expected = constant.flatten().float().cpu()
+            if value.shape == expected.shape and torch.allclose(value, expected, rtol=1e-3):
+                continue
+            key = _KEY_OF_CONSTANT.get(name.split(".")[-1], "MODEL.ANCHOR_GENERATOR")
+            problem = f"{name} is another in the file than {key} makes it"
+            if self._strict:
+                raise UserError(f"the weights are not those of the model: {problem}")
+            self.logger.warning(f"{filename}: {problem}.")
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict:
         """Loads the last checkpoint, and that whole, if ``resume`` and there is one; else path."""
@@ -172,6 +191,7 @@ class CarafeCheckpointer(DetectionCheckpointer):
             self.logger.warning(difference)
 
         model = self.model.state_dict()
+        _check_values(filename, converted.weights, model)
         misfit = _misfit(converted, model)
         if misfit and self._strict:
             raise UserError(f"{filename} does not fit the model: {misfit}")
@@ -186,6 +206,7 @@ class CarafeCheckpointer(DetectionCheckpointer):
             "model": {**fitting, **unknown},
             "__author__": "MMDetection",
             "matching_heuristics": False,
+            "model_settings": {"config": {}, "classes": mmdet.class_names(content)},
         }
 
 
@@ -234,10 +255,22 @@ def _read(filename: str, read: Callable[[], dict]) -> dict:
                 "if it is one of MMDetection's, tools/model_converters/publish_model.py there "
                 "keeps only its weights"
             ) from error
-        lines = str(error).splitlines() or ["the file ends too early"]
-        reason = next((line for line in lines if "WeightsUnpickler error" in line), lines[0])
-        reason = reason.strip().split(". ")[0]
+        # PyTorch says at some length what else one might do.
+        lines = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
+        reason = lines[0].split(". ")[0] if lines else "the file ends too early"
+        if start := _start_of(filename):
+            reason = f"it starts with {start!r}"
         raise UserError(f"{filename} is not a readable checkpoint: {reason}") from error
+
+
+def _start_of(filename: str) -> bytes:
+    """The first bytes of a file that is neither zip nor pickle, such as a web page."""
+    try:
+        with open(filename, "rb") as file:
+            start = file.read(16)
+    except OSError:  # which says more than its bytes
+        return b""
+    return b"" if start.startswith((b"PK", b"\x80")) else start
 
 
 def _read_arrays(filename: str):
@@ -250,12 +283,23 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
-def _unwrapped(weights: Mapping[str, Any], model: Mapping[str, Tensor]) -> dict[str, Any]:
+def _unwrapped(
+    filename: str, weights: Mapping[str, Any], model: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """Weights by the model's own names where these differ in no more than wrappers."""
     names = {_plain(name): name for name in model}
-    return {
-        name if name in model else names.get(_plain(name), name): weights[name] for name in weights
-    }
+    if not any(_plain(name) in names for name in weights):
+        found = mmdet.listed(weights) or "nothing"
+        raise UserError(f"{filename} holds no weight of the model, but {found}")
+    unwrapped: dict[str, Any] = {}
+    for name, value in weights.items():
+        plain = _plain(name)
+        if name == "n_averaged":  # of torch.optim.swa_utils.AveragedModel, beside its module
+            continue
+        if (new := names.get(plain, plain)) in unwrapped:
+            raise UserError(f"{filename} holds {plain} twice, once of them as {name}")
+        unwrapped[new] = value
+    return unwrapped
 
 
 def _incompatibility(incompatible, model: Mapping[str, Tensor]) -> str | None:
@@ -280,21 +324,27 @@ def _surplus(names: Iterable[str], model: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def _check_is_state_dict(filename: str, weights, model: Mapping[str, Tensor]) -> None:
+def check_is_state_dict(filename: str, weights) -> None:
     """Refuses what Detectron2 would take for weights, and then load nothing of."""
     if not isinstance(weights, Mapping):
         raise UserError(f"{filename} is no checkpoint: it holds a {type(weights).__name__}")
     for name, value in weights.items():
-        if not isinstance(value, Tensor | np.ndarray):
+        is_array = isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
+        if not isinstance(name, str) or not (is_array or isinstance(value, Tensor)):
             raise UserError(
                 f"{filename} is no checkpoint of Detectron2's or MMDetection's: its {name!r} is "
                 f"no weight but a {type(value).__name__}"
             )
-    names = [str(name) for name in weights]
-    known = {_plain(name) for name in model}
-    if not any(_plain(name) in known for name in names):
-        found = mmdet.listed(names) or "nothing"
-        raise UserError(f"{filename} holds no weight of the model, but {found}")
+
+
+def _check_values(filename: str, weights: Mapping[str, Any], model: Mapping[str, Tensor]) -> None:
+    """Refuses what would be copied into the model and make it predict anything."""
+    for name, value in weights.items():
+        value = torch.as_tensor(value)
+        if name in model and model[name].is_floating_point() and not value.is_floating_point():
+            raise UserError(f"{filename}: {name} has the type {value.dtype}, which is no weight's")
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{filename}: {name} has values that are not finite")
 
 
 def _misfit(converted: mmdet.Converted, model: Mapping[str, Tensor]) -> str | None:

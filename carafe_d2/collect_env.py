@@ -31,6 +31,9 @@ from .version import __version__
 LIBRARY = Path(__file__).with_name("_C.so")
 MODULES = ("torch", "torchvision", "detectron2", "fvcore", "pycocotools", "cv2", "numpy", "PIL")
 CPU_INSTRUCTION_SETS = ("avx512", "avx2", "default")  # the operator takes the first it can
+# NVIDIA's driver that a CUDA runtime needs at least, by its major version: the release notes of
+# CUDA, section "CUDA minor version compatibility". csrc/cuda/error.h knows it, too.
+OLDEST_DRIVERS = {"12": 525, "13": 580}
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 TIMEOUT = 300  # seconds for a check; it takes a few
 VARIABLES = re.compile(
@@ -178,7 +181,20 @@ def library_rows() -> Rows:
     ]
     if info["cuda"]:
         rows.append(("CUDA architectures", ", ".join(info["cuda_architectures"])))
+        rows.append(("NVIDIA driver", driver_outcome(info["cuda"])))
     return rows
+
+
+def driver_outcome(cuda: str) -> str:
+    """The version of NVIDIA's driver, beside the one that the operator's CUDA runtime needs.
+
+    Whether it is enough is for the operator to say: packages for forward compatibility make an
+    older driver do.
+    """
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    found = output_of(*query).partition("\n")[0] or "none found"
+    oldest = OLDEST_DRIVERS.get(cuda.partition(".")[0], "an unknown version")
+    return f"{found}; the CUDA {cuda} in the operator needs {oldest} or newer"
 
 
 def build_info(library: Path) -> dict[str, Any] | None:

@@ -3,8 +3,9 @@
 import functools
 import logging
 import os
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -77,10 +78,20 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CN:
             f"{config_file} is a LazyConfig; this program takes the YAML file of its name"
         )
     try:
+        own_keys(config_file)
         cfg.merge_from_file(config_file)
         cfg.merge_from_list(list(overrides))
-    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"config {config_file} and its overrides: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # a file of any content makes the libraries raise just about that
+        message = " ".join(str(error).split())
+        # Of two sections all values would be listed.
+        message = re.sub(r" with values \(.{200,}\)(?= for config key)", "", message)
+        if isinstance(error, RecursionError):
+            message = "its _BASE_ leads back to itself"
+        elif isinstance(error, AttributeError | TypeError):
+            message = f"it takes sections with keys, and in _BASE_ the path of a file ({message})"
+        raise UserError(f"config {config_file} and its overrides: {message}") from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No GPU found: running on the CPU in float32.")
         cfg.MODEL.DEVICE = "cpu"
@@ -88,6 +99,33 @@ def load_config(config_file: str, overrides: Sequence[str] = ()) -> CN:
     register_datasets(cfg.DATASETS.REGISTER)
     cfg.freeze()
     return cfg
+
+
+def own_keys(config_file: str) -> dict[str, yaml.Node]:
+    """The keys that a YAML file gives itself, with dots, and what it gives for them.
+
+    Raises:
+        UserError: it gives one twice, of which the first would be lost.
+        yaml.YAMLError: it is no YAML.
+    """
+    keys: dict[str, yaml.Node] = {}
+
+    def collect(node: yaml.Node, prefix: str) -> None:
+        seen = set()
+        for name, child in node.value:
+            if name.value in seen:
+                line = name.start_mark.line + 1
+                raise UserError(f"config {config_file}, line {line}: {name.value} is given twice")
+            seen.add(name.value)
+            if isinstance(child, yaml.MappingNode):
+                collect(child, f"{prefix}{name.value}.")
+            else:
+                keys[f"{prefix}{name.value}"] = child
+
+    root = yaml.compose(Path(config_file).read_text())
+    if isinstance(root, yaml.MappingNode):
+        collect(root, "")
+    return keys
 
 
 def find_config_file(name: str) -> str:
@@ -131,6 +169,8 @@ def check_config(cfg: CN, *, eval_only: bool = False) -> None:
             raise UserError(f"{key} = {value_of(cfg, key)!r} has no effect; leave it out")
     if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda") and not eval_only:
         raise UserError(f"SOLVER.AMP.ENABLED needs a GPU, but MODEL.DEVICE is {cfg.MODEL.DEVICE!r}")
+    if cfg.MODEL.CHANNELS_LAST and cfg.MODEL.KEYPOINT_ON and not eval_only:
+        raise UserError("MODEL.CHANNELS_LAST: Detectron2's loss of keypoints does not work with it")
     channels = 1 if cfg.INPUT.FORMAT == "L" else 3
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         if len(cfg.MODEL[key]) != channels:
@@ -153,12 +193,21 @@ def check_config(cfg: CN, *, eval_only: bool = False) -> None:
             raise UserError(
                 f"TEST.EXPECTED_RESULTS must be like [['bbox', 'AP', 38.5, 0.2]], got {expected!r}"
             )
+    check_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
+
+
+def check_folder(key: str, folder: str) -> None:
+    """Makes a folder for output, and checks that files can be written to it.
+
+    Raises:
+        UserError: names the key, whose value is no such folder.
+    """
     try:
-        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cfg.OUTPUT_DIR):
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: {error.strerror}") from error
+        raise UserError(f"{key} {folder}: {error.strerror}") from error
 
 
 def default_config() -> CN:
@@ -171,6 +220,15 @@ def default_config() -> CN:
 def value_of(cfg: CN, key: str):
     """The value of a key with dots in it."""
     return functools.reduce(lambda node, name: node[name], key.split("."), cfg)
+
+
+def keys_of(node: Mapping, prefix: str = "") -> Iterator[str]:
+    """The keys of nested dicts, joined by dots."""
+    for key, child in node.items():
+        if isinstance(child, dict):
+            yield from keys_of(child, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def with_carafe_config(cfg: CN) -> CN:
@@ -208,14 +266,16 @@ def upsampler_options(cfg: CN, upsample_key: str, choices: Sequence[str], channe
     if name != "carafe":
         return {"name": name}
 
-    for option, value in cfg.MODEL.CARAFE.items():
+    # One by one, or a config that records what is read of it would not know.
+    options = {option: cfg.MODEL.CARAFE[option] for option in cfg.MODEL.CARAFE}
+    for option, value in options.items():
         if value < 1 or (option.endswith("_KERNEL") and value % 2 == 0):
             wanted = "positive odd" if option.endswith("_KERNEL") else "positive"
             raise UserError(f"MODEL.CARAFE.{option} must be {wanted}, got {value}")
-    up_group = cfg.MODEL.CARAFE.UP_GROUP
+    up_group = options["UP_GROUP"]
     if channels % up_group:
         raise UserError(
             f"MODEL.CARAFE.UP_GROUP = {up_group} must divide the {channels} channels that "
             f"MODEL.{upsample_key} works on"
         )
-    return {"name": name, **{k.lower(): v for k, v in cfg.MODEL.CARAFE.items()}}
+    return {"name": name, **{k.lower(): v for k, v in options.items()}}

@@ -23,6 +23,7 @@ from detectron2.engine import launch as launch_on_gpus
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import distributed, nn
 from torch.multiprocessing import ProcessExitedException
 from torch.nn.parallel import DistributedDataParallel
@@ -158,6 +159,11 @@ def _report_once(rank: int) -> Iterator[None]:
             raise
 
 
+def log_to(folder: str) -> None:
+    """Sends what this package logs to where Detectron2's ``default_setup`` sends the rest."""
+    setup_logger(folder, distributed_rank=comm.get_rank(), name="carafe_d2")
+
+
 def build_trainer(
     model: nn.Module, data_loader, optimizer: torch.optim.Optimizer, *, amp: bool, **ddp
 ) -> SimpleTrainer:
@@ -183,9 +189,15 @@ def build_trainer(
     return trainer(create_ddp_model(model, **ddp), data_loader, optimizer)
 
 
-def build_checkpointer(trainer: TrainerBase, output_dir: str) -> CarafeCheckpointer:
-    """Builds the checkpointer that saves a trainer, its model and the state of its data loader."""
-    states: dict[str, Any] = {"trainer": weakref.proxy(trainer)}
+def build_checkpointer(trainer: TrainerBase, output_dir: str, **states: Any) -> CarafeCheckpointer:
+    """Builds the checkpointer that saves a trainer, its model and the state of its data loader.
+
+    Args:
+        trainer: what is saved.
+        output_dir: where to.
+        **states: what else is to be saved, with ``state_dict`` and ``load_state_dict``.
+    """
+    states["trainer"] = weakref.proxy(trainer)
     if hasattr(trainer.data_loader, "state_dict"):  # Detectron2's has none
         states["data_loader"] = trainer.data_loader
     return CarafeCheckpointer(trainer.model, output_dir, strict=False, **states)

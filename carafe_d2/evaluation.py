@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 
 from detectron2.config import CfgNode
@@ -29,25 +29,51 @@ logger = logging.getLogger(__name__)
 _COCO_LIMIT = 100  # detections of an image that COCO's metrics count
 
 
+class CarafeCOCOEvaluator(COCOEvaluator):
+    """Detectron2's evaluator, of annotations as they are today and complete.
+
+    Its arguments are those of :class:`detectron2.evaluation.COCOEvaluator`.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        tasks: Sequence[str] | None = None,
+        distributed: bool = True,
+        output_dir: str | None = None,
+        *,
+        max_dets_per_image: int | None = None,
+        use_fast_impl: bool = True,
+        kpt_oks_sigmas: Sequence[float] = (),
+    ):
+        if output_dir and not hasattr(MetadataCatalog.get(dataset_name), "json_file"):
+            # Of a dataset that is a function, Detectron2 would take what an earlier run wrote.
+            if comm.is_main_process():
+                cache = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
+                convert_to_coco_json(dataset_name, cache, allow_cached=False)
+            comm.synchronize()
+        super().__init__(
+            dataset_name,
+            tasks,
+            distributed,
+            output_dir,
+            max_dets_per_image=max_dets_per_image,
+            use_fast_impl=use_fast_impl,
+            kpt_oks_sigmas=kpt_oks_sigmas,
+        )
+        complete_annotations(self._coco_api, self._metadata.json_file)
+
+
 def _coco_evaluator(name: str, folder: str, cfg: CfgNode | None) -> COCOEvaluator:
-    """Detectron2's evaluator, of annotations as they are today and complete."""
-    if not hasattr(MetadataCatalog.get(name), "json_file"):
-        # Of a dataset that is a function, Detectron2 would take what an earlier run wrote.
-        if comm.is_main_process():
-            cache = os.path.join(folder, f"{name}_coco_format.json")
-            convert_to_coco_json(name, cache, allow_cached=False)
-        comm.synchronize()
     limit = cfg.TEST.DETECTIONS_PER_IMAGE if cfg else _COCO_LIMIT
     if limit > _COCO_LIMIT:
         logger.info(f"AP counts up to {limit} detections of an image, not COCO's {_COCO_LIMIT}.")
-    evaluator = COCOEvaluator(
+    return CarafeCOCOEvaluator(
         name,
         output_dir=folder,
         max_dets_per_image=limit if limit > _COCO_LIMIT else None,
         kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS if cfg else (),
     )
-    complete_annotations(evaluator._coco_api, evaluator._metadata.json_file)
-    return evaluator
 
 
 # As in Detectron2's tools/train_net.py. Each is made of a dataset, an output folder and a config.

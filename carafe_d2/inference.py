@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import cv2
@@ -13,12 +14,13 @@ from detectron2.data.transforms import AugInput, AugmentationList
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from PIL import Image, UnidentifiedImageError
-from torch import nn
 
-from . import mmdet
+from . import diagnosis, mmdet
 from .checkpoint import CarafeCheckpointer
+from .config import find_config_file
 from .errors import UserError
 from .files import write_file
+from .model_settings import ModelSettings
 
 
 def split_opts(values: Sequence[str], opts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -36,23 +38,6 @@ def split_opts(values: Sequence[str], opts: Sequence[str]) -> tuple[list[str], l
         if value.split(".")[0] in sections and not os.path.exists(value):
             return list(values[:i]), [*values[i:], *opts]
     return list(values), list(opts)
-
-
-def load_detector(cfg: CfgNode) -> nn.Module:
-    """Builds the model of a config in evaluation mode, with the weights of MODEL.WEIGHTS.
-
-    Raises:
-        UserError: a part of the model is not known here, there are no such weights, or they are
-            not all that the model needs.
-    """
-    if not cfg.MODEL.WEIGHTS:
-        raise UserError("MODEL.WEIGHTS is empty; end the command with MODEL.WEIGHTS and a file")
-    try:
-        model = build_model(cfg).eval()
-    except KeyError as error:  # what a registry raises for the modules of another project
-        raise UserError(f"the config's model cannot be built: {error.args[0]}") from error
-    CarafeCheckpointer(model).load(cfg.MODEL.WEIGHTS)
-    return model.to(memory_format=torch.channels_last) if cfg.MODEL.CHANNELS_LAST else model
 
 
 def known_dataset(cfg: CfgNode) -> Metadata | None:
@@ -84,15 +69,20 @@ class Predictor:
             metadata: names and ids of the classes; default: those of DATASETS.TEST.
 
         Raises:
-            UserError: see :func:`load_detector`; or model and metadata differ in the number of
-                classes, or INPUT.FORMAT is none of RGB, BGR and L.
+            UserError: there are no such weights, or they are not all that the model needs; model
+                and metadata differ in the number of classes; or INPUT.FORMAT is none of RGB, BGR
+                and L.
         """
         if cfg.INPUT.FORMAT not in ("RGB", "BGR", "L"):
             raise UserError(f"INPUT.FORMAT must be RGB, BGR or L, got {cfg.INPUT.FORMAT!r}")
-        self.model = load_detector(cfg)
-        if metadata is None:
-            metadata = known_dataset(cfg)
-        self.metadata = metadata or Metadata()
+        if not cfg.MODEL.WEIGHTS:
+            raise UserError("MODEL.WEIGHTS is empty; end the command with MODEL.WEIGHTS and a file")
+        self.model = build_model(cfg).eval()
+        settings = ModelSettings(cfg, cfg.DATASETS.TEST)
+        CarafeCheckpointer(self.model, model_settings=settings).load(cfg.MODEL.WEIGHTS)
+        if cfg.MODEL.CHANNELS_LAST:
+            self.model.to(memory_format=torch.channels_last)
+        self.metadata = metadata or known_dataset(cfg) or Metadata()
         names = self.metadata.get("thing_classes")
         classes = mmdet.num_classes(self.model.state_dict())
         if names and classes and len(names) != classes:
@@ -138,6 +128,15 @@ class Predictor:
         if "instances" not in outputs[0]:
             raise UserError(f"the model puts out {', '.join(outputs[0])} and no instances")
         return [output["instances"].to("cpu") for output in outputs]
+
+
+def named_mistakes(config_file: str, overrides: Sequence[str]) -> AbstractContextManager[None]:
+    """:func:`carafe_d2.diagnosis.named_mistakes` for programs with a :class:`Predictor`."""
+
+    def attempt(cfg: CfgNode) -> None:
+        Predictor(cfg)([np.zeros((64, 64, 3), np.uint8)])
+
+    return diagnosis.named_mistakes(find_config_file(config_file), overrides, attempt)
 
 
 def read_image(path: str | Path) -> np.ndarray:

@@ -6,10 +6,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from detectron2.config import LazyConfig
+from detectron2.config import CfgNode, LazyConfig
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
+from .config import default_config
 from .errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ _NEEDED_TO_TRAIN = (
     *("train.max_iter", "train.amp.enabled", "train.ddp", "train.checkpointer"),
     *("train.eval_period", "train.log_period"),
 )
+_POSITIVE = ("train.max_iter", "train.log_period", "train.checkpointer.period")
 
 
 def load_lazy_config(
@@ -46,12 +48,52 @@ def load_lazy_config(
         if OmegaConf.select(cfg, key) is None:
             raise UserError(f"config {config_file} lacks {key!r}, which this program reads")
     _override(cfg, overrides)
+    for key in () if eval_only else _POSITIVE:
+        value = OmegaConf.select(cfg, key)
+        if value is None or value < 1:
+            raise UserError(f"{key} must be at least 1, got {value}")
     _check_calls(OmegaConf.to_container(cfg, resolve=False))
     if cfg.train.device.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("No GPU found: running on the CPU in float32.")
         cfg.train.device = "cpu"
         OmegaConf.update(cfg, "train.amp.enabled", False)
     return cfg
+
+
+def data_expectations(cfg: DictConfig) -> CfgNode:
+    """What a LazyConfig says of its data, by the YAML configs' keys: see ``data.checks``.
+
+    Args:
+        cfg: a config of :func:`load_lazy_config`.
+
+    Returns:
+        Detectron2's defaults with the datasets, and what is trained of their annotations. The
+        number of classes counts where ``model.roi_heads`` or a RetinaNet tells it.
+    """
+
+    def get(key: str, default=None):
+        return OmegaConf.select(cfg, key, default=default)
+
+    expected = default_config()
+    for split, loader in (("TRAIN", "train"), ("TEST", "test")):
+        names = get(f"dataloader.{loader}.dataset.names", ())
+        expected.DATASETS[split] = (names,) if isinstance(names, str) else tuple(names)
+    mapper = "dataloader.train.mapper"
+    expected.MODEL.MASK_ON = get(f"{mapper}.use_instance_mask", False)
+    expected.MODEL.KEYPOINT_ON = get(f"{mapper}.use_keypoint", False)
+    expected.INPUT.MASK_FORMAT = get(f"{mapper}.instance_mask_format", "polygon")
+    keypoints = get("model.roi_heads.keypoint_head.num_keypoints", 17)
+    expected.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = keypoints
+    expected.TEST.KEYPOINT_OKS_SIGMAS = list(get("dataloader.evaluator.kpt_oks_sigmas", ()))
+    expected.MODEL.META_ARCHITECTURE = "other"
+    for key, architecture, section in (
+        ("model.num_classes", "RetinaNet", "RETINANET"),
+        ("model.roi_heads.num_classes", "GeneralizedRCNN", "ROI_HEADS"),
+    ):
+        if get(key) is not None:
+            expected.MODEL.META_ARCHITECTURE = architecture
+            expected.MODEL[section].NUM_CLASSES = get(key)
+    return expected
 
 
 def _load(config_file: str) -> DictConfig:

@@ -172,6 +172,17 @@ def differences(
     return found
 
 
+def class_names(content: Mapping) -> list[str] | None:
+    """The names of the classes by label, if MMDetection's file holds them."""
+    meta = content.get("meta")
+    if not isinstance(meta, Mapping):
+        return None
+    dataset = meta.get("dataset_meta")  # of 3.x
+    dataset = dataset if isinstance(dataset, Mapping) else {}
+    names = dataset.get("classes") or dataset.get("CLASSES") or meta.get("CLASSES")
+    return [*names] if isinstance(names, list | tuple) else None
+
+
 def beside_weights(content: Mapping) -> list[str]:
     """What a file of either holds beside weights and meta information, such as an optimizer."""
     if not content.keys() & {"model", "state_dict"}:

@@ -56,14 +56,14 @@ def _clip_full_model(optimizer: torch.optim.Optimizer, max_norm: float, norm_typ
     optimizer.register_step_pre_hook(clip_gradients)
 
 
-# Of the values in an optimizer's groups, those that a config sets, and the key under SOLVER.
-_SETTINGS = {"initial_lr": "BASE_LR", "momentum": "MOMENTUM", "weight_decay": "WEIGHT_DECAY"}
+# The keys under SOLVER that set a value in an optimizer's groups of another name.
+_KEYS = {"initial_lr": "BASE_LR"}
 
 
 def settings_of(optimizer: torch.optim.Optimizer) -> list[dict]:
     """The hyperparameters of each parameter group, to be kept by :func:`keep_settings`."""
     return [
-        {key: value for key, value in group.items() if key != "params"}
+        {key: value for key, value in group.items() if key not in ("params", "lr")}
         for group in optimizer.param_groups
     ]
 
@@ -90,9 +90,9 @@ def keep_settings(
                 "the training to resume has another optimizer; set SOLVER.OPTIMIZER to that, or "
                 "start anew with MODEL.WEIGHTS"
             )
-        for key in _SETTINGS.keys() & group.keys() & wanted.keys():
+        for key in group.keys() & wanted.keys():
             if group[key] != wanted[key]:
-                changed[f"SOLVER.{_SETTINGS[key]}"] = f"{group[key]} to {wanted[key]}"
+                changed[f"SOLVER.{_KEYS.get(key, key.upper())}"] = f"{group[key]} to {wanted[key]}"
                 group[key] = wanted[key]
     if not changed:
         return

@@ -1,6 +1,6 @@
 """Inputs and tolerances for checks of the operators: of the test suite, grad_check, collect_env."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -86,13 +86,41 @@ class Case:
         return tensor
 
 
+def extreme_logits(logits: Tensor) -> Iterator[Tensor]:
+    """The same logits far from zero, where a softmax still has to be right.
+
+    Args:
+        logits: (N, C, H, W).
+
+    Yields:
+        Tensors with dtype and strides of `logits`: with an offset of up to 1e9, as far as the dtype
+        goes; with the lowest number in some channels, as by masking, and in all of one row; beside
+        these also with the highest one.
+    """
+    values, limits = logits.detach(), torch.finfo(logits.dtype)
+    for offset in (1e2, -1e2, 1e4, -1e4, 1e6, -1e6, 1e9, -1e9):
+        if abs(offset) < limits.max:
+            yield values + offset
+    masked = values.clone()
+    masked[:, ::3] = limits.min
+    masked[:, :, 0] = limits.min
+    yield masked
+    masked = masked.clone()
+    masked[:, 1] = limits.max
+    yield masked
+
+
 def check_operator(
     operator: Callable[..., Tensor],
     definition: Callable[..., Tensor],
     case: Case,
     device: torch.device | str = "cpu",
+    inputs: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """Compares an operator and both its gradients with those of its definition in float64.
+
+    Args:
+        inputs: what to call it with; default is ``case.inputs(operator, device)``.
 
     Returns:
         What the operator gave: its output, the gradient of the features, that of the kernels.
@@ -101,7 +129,7 @@ def check_operator(
         AssertionError: a result has another dtype than its tensor, or is further from the
             definition's than rounding explains.
     """
-    inputs = case.inputs(operator, device)
+    inputs = inputs or case.inputs(operator, device)
     exact = tuple(tensor.detach().double().requires_grad_() for tensor in inputs)
     out = operator(*inputs, *case.parameters)
     expected = definition(*exact, *case.parameters)

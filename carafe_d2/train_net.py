@@ -10,6 +10,7 @@ one clear line for a user's mistake.
 
 import contextlib
 import functools
+import logging
 import os
 import tempfile
 
@@ -25,16 +26,21 @@ from .checkpoint import CarafeCheckpointer
 from .config import check_config, find_config_file, load_config
 from .data.build import build_test_loader, build_train_loader, check_datasets
 from .data.checks import check_data
-from .diagnosis import named_mistakes
+from .diagnosis import Reads, RecordingNode, named_mistakes, warn_of_idle_keys
 from .engine import (
     build_checkpointer,
     build_trainer,
     launch,
+    log_to,
     resume_or_load,
     share_buffers,
 )
+from .errors import UserError
 from .evaluation import build_evaluator, check_evaluators
+from .model_settings import ModelSettings
 from .solver import build_optimizer, keep_settings, settings_of
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
@@ -50,7 +56,9 @@ class Trainer(DefaultTrainer):
             model, data_loader, optimizer, amp=cfg.SOLVER.AMP.ENABLED, broadcast_buffers=False
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = build_checkpointer(self, cfg.OUTPUT_DIR)
+        self.checkpointer = build_checkpointer(
+            self, cfg.OUTPUT_DIR, model_settings=ModelSettings(cfg, cfg.DATASETS.TRAIN)
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -117,9 +125,17 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume=True):
         optimizer = self._trainer.optimizer
         settings = settings_of(optimizer)
-        self.start_iter = resume_or_load(
-            self.checkpointer, self, self.cfg.MODEL.WEIGHTS, resume=resume
-        )
+        try:
+            self.start_iter = resume_or_load(
+                self.checkpointer, self, self.cfg.MODEL.WEIGHTS, resume=resume
+            )
+        # What optimizers, schedules and hooks raise for the state of others.
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.checkpointer.get_checkpoint_file()} is of another training than this one "
+                f"({type(error).__name__}: {error}); keep its MODEL.BACKBONE.FREEZE_AT and the "
+                "keys under SOLVER that tell parameters apart, or start anew with MODEL.WEIGHTS"
+            ) from error
         keep_settings(optimizer, self.scheduler, settings)
 
     def state_dict(self):
@@ -134,10 +150,11 @@ class Trainer(DefaultTrainer):
 
 def setup(args):
     """Builds the config from file and command line, and checks that its data is there."""
-    cfg = load_config(args.config_file, args.opts)
+    cfg = RecordingNode.of(load_config(args.config_file, args.opts), Reads())
     check_config(cfg, eval_only=args.eval_only)
     check_datasets(cfg.DATASETS.TEST if args.eval_only else cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
     check_evaluators(cfg.DATASETS.TEST)
+    log_to(cfg.OUTPUT_DIR)
     check_data(cfg, training=not args.eval_only)
     default_setup(cfg, args)
     return cfg
@@ -179,15 +196,21 @@ def main(args):
         cfg = setup(args)
         if args.eval_only:
             model = Trainer.build_model(cfg)
-            CarafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
-                cfg.MODEL.WEIGHTS, resume=args.resume
-            )
+            settings = ModelSettings(cfg, cfg.DATASETS.TEST)
+            checkpointer = CarafeCheckpointer(model, cfg.OUTPUT_DIR, model_settings=settings)
+            # resume_or_load would compare no settings with those of MODEL.WEIGHTS.
+            last = args.resume and checkpointer.has_checkpoint()
+            weights = checkpointer.get_checkpoint_file() if last else cfg.MODEL.WEIGHTS
+            if not weights:
+                logger.warning("MODEL.WEIGHTS is empty: what is evaluated are random weights.")
+            checkpointer.load(weights)
             predict_first_image(cfg, model)
         else:
             trainer = Trainer(cfg)
             trainer.resume_or_load(resume=args.resume)
             trainer.first_iteration = names_mistakes
             predict_first_image(cfg, trainer.model)
+        warn_of_idle_keys(args.config_file, args.opts, cfg, eval_only=args.eval_only)
     if not args.eval_only:
         return trainer.train()
 

@@ -41,6 +41,13 @@ bool is_channels_last(const Tensor& tensor) {
 
 // ------------------------------------------------------------------------------------- checks
 
+std::ostream& operator<<(std::ostream& text, Sizes sizes) {
+  text << '(';
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+  return text << ')';
+}
+
+// The parts become text only if the condition fails: that takes longer than all other checks.
 template <typename... Parts>
 void check(bool condition, const Parts&... parts) {
   if (condition) return;
@@ -48,16 +55,6 @@ void check(bool condition, const Parts&... parts) {
   (message << ... << parts);
   throw std::runtime_error(message.str());
 }
-
-std::string describe(Sizes sizes) {
-  std::ostringstream text;
-  text << '(';
-  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
-  text << ')';
-  return text.str();
-}
-
-std::string describe(const Tensor& tensor) { return describe(tensor.sizes()); }
 
 std::string device_name(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
@@ -81,7 +78,7 @@ Type type_of(const Tensor& tensor) {
 
 void check_tensor(const char* name, const char* axes, const Tensor& tensor) {
   check(tensor.dim() == 4, name, ": expected a tensor of rank 4, ", axes, ", but got rank ",
-        tensor.dim(), " with shape ", describe(tensor));
+        tensor.dim(), " with shape ", tensor.sizes());
   check(is_supported(tensor.scalar_type()), name,
         ": expected dtype float64, float32, float16 or bfloat16, but got ", tensor.scalar_type());
 }
@@ -132,10 +129,10 @@ Shape check_arguments(Operator op, const Tensor& features, const Tensor& weights
       shape.batch, product({group_size, kernel_size, kernel_size, channel_scale, channel_scale}),
       product({shape.height, map_scale}), product({shape.width, map_scale})};
   const Sizes expected_sizes(expected, 4);
-  check(weights.sizes().equals(expected_sizes), name, ": expected shape ", describe(expected_sizes),
-        " for features of shape ", describe(features), " with kernel_size ", kernel_size,
+  check(weights.sizes().equals(expected_sizes), name, ": expected shape ", expected_sizes,
+        " for features of shape ", features.sizes(), " with kernel_size ", kernel_size,
         ", group_size ", group_size, " and scale_factor ", scale_factor, ", but got ",
-        describe(weights));
+        weights.sizes());
   return shape;
 }
 
@@ -147,8 +144,8 @@ void check_grad_output(const Shape& shape, const Tensor& grad_output, const Tens
   const int64_t expected[] = {shape.batch, shape.channels, shape.height * shape.scale,
                               shape.width * shape.scale};
   const Sizes expected_sizes(expected, 4);
-  check(grad_output.sizes().equals(expected_sizes), "grad_output: expected shape ",
-        describe(expected_sizes), ", but got ", describe(grad_output));
+  check(grad_output.sizes().equals(expected_sizes), "grad_output: expected shape ", expected_sizes,
+        ", but got ", grad_output.sizes());
 }
 
 // ------------------------------------------------------------------------------------- layout

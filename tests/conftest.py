@@ -2,6 +2,7 @@
 
 import copy
 import io
+import logging
 import os
 import pickle
 import runpy
@@ -67,6 +68,20 @@ def pytest_make_collect_report(collector):
     return report
 
 
+@pytest.fixture(autouse=True)
+def loggers_as_they_were():
+    """Undoes what Detectron2's setup, and ours, does to loggers.
+
+    They would print each line once more for every training before, and keep it from caplog.
+    """
+    yield
+    for name in ("detectron2", "fvcore", "carafe_d2"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
+
+
 @pytest.fixture(scope="session")
 def make_shapes(tmp_path_factory):
     """Generates the `shapes` dataset with images of 64 pixels; returns its DETECTRON2_DATASETS."""
@@ -78,6 +93,21 @@ def make_shapes(tmp_path_factory):
         return root
 
     return make
+
+
+@pytest.fixture(scope="module")
+def register_shapes(make_shapes):
+    """Generates the dataset, and registers it for a test file and the programs that it starts."""
+    from carafe_d2.data import register_shapes
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def register(train: int, val: int) -> None:
+            patch.setenv("DETECTRON2_DATASETS", str(make_shapes(train, val)))
+            register_shapes()
+
+        yield register
+    register_shapes()
 
 
 @pytest.fixture(scope="session")

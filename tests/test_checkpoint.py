@@ -121,6 +121,19 @@ def test_model_zoo_files_of_detectron2_load(tmp_path):
     assert np.array_equal(model.backbone.fpn_lateral2.weight.detach(), lateral)
 
 
+def spoil_weight(file, how):
+    """Spoils one weight of a checkpoint: its values, their type, or by another of its name."""
+    weights = torch.load(file)["model"]
+    name = "content_encoder.bias"
+    if isinstance(how, str):
+        weights[how + name] = weights[name] + 1
+    elif isinstance(how, float):
+        weights[name][0] = how
+    else:
+        weights[name] = weights[name].to(how)
+    torch.save({"model": weights}, file)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -134,8 +147,24 @@ def test_model_zoo_files_of_detectron2_load(tmp_path):
             lambda file: torch.save({"layer1.0.conv1.weight": torch.rand(1)}, file),
             "model.pth holds no weight of the model, but layer1.0.conv1.weight",
         ),
+        (
+            lambda file: spoil_weight(file, torch.nan),
+            "bias has values that are not finite",
+        ),
+        (
+            lambda file: spoil_weight(file, torch.int8),
+            "bias has the type torch.int8",
+        ),
+        (
+            lambda file: spoil_weight(file, "module."),
+            "holds content_encoder.bias twice, once",
+        ),
+        (lambda file: file.write_text("<!DOCTYPE html>"), "it starts with b'<!DOCTYPE html>'"),
     ],
-    ids=["missing", "empty", "garbage", "truncated", "list", "no weights", "other names"],
+    ids=[
+        *("missing", "empty", "garbage", "truncated", "list", "no weights", "other names"),
+        *("not finite", "integers", "twice", "web page"),
+    ],
 )
 def test_unusable_files_are_named(tmp_path, spoil, message):
     checkpointer = CarafeCheckpointer(CARAFEPack(4, 2), str(tmp_path))
@@ -144,6 +173,27 @@ def test_unusable_files_are_named(tmp_path, spoil, message):
     with pytest.raises(UserError, match=message) as error:
         checkpointer.load(str(tmp_path / "model.pth"))
     assert "\n" not in str(error.value)
+
+
+def test_averaged_models_load(path):
+    averaged = torch.optim.swa_utils.AveragedModel(CARAFEPack(4, 2))
+    torch.save(averaged.state_dict(), path)
+    model = CARAFEPack(4, 2)
+    CarafeCheckpointer(model).load(str(path))
+    assert torch.equal(model.content_encoder.weight, averaged.module.content_encoder.weight)
+
+
+def test_constants_of_old_checkpoints_have_to_be_those_of_the_model(path, caplog):
+    model = detector()
+    model.register_buffer("pixel_mean", torch.tensor([1.0, 2.0, 3.0])[:, None, None], False)
+    weights = detector().state_dict()
+    torch.save({"model": {**weights, "pixel_mean": model.pixel_mean.flatten()}}, path)
+    CarafeCheckpointer(model).load(str(path))
+    model.pixel_mean += 1
+    with pytest.raises(UserError, match=r"pixel_mean is another in the file than MODEL.PIXEL_MEAN"):
+        CarafeCheckpointer(model).load(str(path))
+    CarafeCheckpointer(model, strict=False).load(str(path))
+    assert "MODEL.PIXEL_MEAN" in caplog.text
 
 
 def test_addresses_are_fetched_once(tmp_path, state_dict, monkeypatch):

@@ -85,6 +85,21 @@ def test_library_rows(tmp_path, monkeypatch):
     assert rows["CUDA architectures"] == "sm_80, sm_90, compute_90 (PTX)"
 
 
+@pytest.mark.parametrize(
+    ("program", "cuda", "outcome"),
+    [
+        ("echo 535.1.2; echo 535.1.2", "13.0", "535.1.2; the CUDA 13.0 in the operator needs 580"),
+        ("exit 9", "12.8", "none found; the CUDA 12.8 in the operator needs 525"),
+    ],
+)
+def test_driver_stands_beside_the_one_that_is_needed(program, cuda, outcome, tmp_path, monkeypatch):
+    nvidia_smi = tmp_path / "nvidia-smi"
+    nvidia_smi.write_text(f"#!/bin/sh\n{program}\n")
+    nvidia_smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert collect_env.driver_outcome(cuda) == f"{outcome} or newer"
+
+
 def test_versions(tmp_path, monkeypatch):
     (tmp_path / "broken_package.py").write_text("raise RuntimeError('ABI mismatch\\nmore')")
     (tmp_path / "no_version.py").touch()

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import detectron2
 import pytest
-from detectron2.config import CfgNode
 
 from carafe_d2 import train_net
-from carafe_d2.config import WITHOUT_EFFECT, default_config
+from carafe_d2.config import WITHOUT_EFFECT, default_config, find_config_file, keys_of, load_config
+from carafe_d2.diagnosis import Reads, RecordingNode, warn_of_idle_keys
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "shapes_mask_rcnn_R18_FPN_carafe.yaml"
@@ -23,20 +23,15 @@ TRAININGS = {
     ],
     "boxes_of_crops": ["MODEL.MASK_ON", "False", "INPUT.CROP.ENABLED", "True"],
     "steps": [
-        "SOLVER.LR_SCHEDULER_NAME",
-        "WarmupMultiStepLR",
-        "SOLVER.STEPS",
-        "(1,)",
-        "SOLVER.CLIP_GRADIENTS.ENABLED",
-        "True",
-        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
-        "norm",
+        *("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "(1,)"),
+        *("SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"),
     ],
 }
 SMALL = [
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "SOLVER.MAX_ITER", "2"),
     *("SOLVER.IMS_PER_BATCH", "2", "MODEL.RPN.POST_NMS_TOPK_TRAIN", "20"),
-    *("SOLVER.BASE_LR", "0.001"),
+    *("MODEL.FPN.OUT_CHANNELS", "16", "MODEL.CARAFE.COMPRESSED_CHANNELS", "16"),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", "32", "SOLVER.BASE_LR", "0.001"),
 ]
 # Read elsewhere, or together with something that these trainings do not turn on.
 ELSEWHERE = {
@@ -52,54 +47,21 @@ ELSEWHERE = {
 }
 
 
-def leaves(node: CfgNode, prefix: str = ""):
-    for key, child in node.items():
-        if isinstance(child, CfgNode):
-            yield from leaves(child, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
-KEYS = set(leaves(default_config()))
+KEYS = set(keys_of(default_config()))
 
 
 @pytest.fixture(scope="module")
-def read(make_shapes, tmp_path_factory):
+def read(register_shapes, tmp_path_factory):
     """The keys that are read while the trainings run."""
-    seen: set[str] = set()
+    register_shapes(train=4, val=2)
+    seen = Reads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DETECTRON2_DATASETS", str(make_shapes(train=4, val=2)))
-        from carafe_d2.data import register_shapes
-
-        register_shapes()
-
-        def mark(node: CfgNode, prefix: str = "") -> None:
-            node.__dict__["path"] = prefix
-            for key, child in node.items():
-                if isinstance(child, CfgNode):
-                    mark(child, f"{prefix}{key}.")
-
-        def record(node: CfgNode, name: str):
-            if name not in node:
-                raise AttributeError(name)
-            seen.add(f"{node.__dict__.get('path', '')}{name}")
-            return dict.__getitem__(node, name)
-
-        load = train_net.load_config
-
-        def load_and_mark(*args) -> CfgNode:
-            cfg = load(*args)
-            mark(cfg)
-            return cfg
-
-        # The check of the defaults is no reading, and the attempts would be.
-        patch.setattr(train_net, "load_config", load_and_mark)
+        patch.setattr(train_net, "Reads", lambda: seen)
+        # The check of the defaults is no reading.
         patch.setattr(train_net, "check_config", lambda *args, **options: None)
-        patch.setattr(CfgNode, "__getattr__", record)
         for name, options in TRAININGS.items():
             folder = tmp_path_factory.mktemp(name)
             train_net.run(["--config-file", CONFIG, *SMALL, *options, "OUTPUT_DIR", str(folder)])
-    register_shapes()
     return seen
 
 
@@ -121,3 +83,25 @@ def test_keys_of_models_are_read_by_some_model():
         if key.startswith("MODEL.") and key not in WITHOUT_EFFECT:
             name = key.rpartition(".")[2]
             assert re.search(rf"\.{name}\b|[\"'`.]{name}[\"']", text), key
+
+
+@pytest.mark.parametrize(
+    ("overrides", "idle"),
+    [
+        (["MODEL.RETINANET.NUM_CLASSES", "5"], ["MODEL.RETINANET.NUM_CLASSES"]),
+        (["MODEL.RETINANET.NUM_CLASSES", "80"], []),  # as by default
+        (["MODEL.CARAFE.UP_KERNEL", "3"], []),
+        (
+            ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.FPN.UPSAMPLE", "nearest"],
+            ["MODEL.FPN.UPSAMPLE"],
+        ),
+        (["SOLVER.GAMMA", "0.5"], ["SOLVER.GAMMA"]),
+    ],
+)
+def test_what_the_user_set_and_nothing_reads_is_named(overrides, idle, caplog):
+    overrides = ["MODEL.DEVICE", "cpu", *overrides]
+    cfg = RecordingNode.of(load_config(CONFIG, overrides), Reads())
+    assert not cfg.MODEL.WEIGHTS  # which is no part of the model
+    train_net.Trainer.build_model(cfg.clone())
+    warn_of_idle_keys(find_config_file(CONFIG), overrides, cfg, eval_only=False)
+    assert [message.split()[0] for message in caplog.messages if "no effect" in message] == idle

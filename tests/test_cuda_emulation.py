@@ -21,6 +21,7 @@ from torch import Tensor
 
 import carafe_d2
 from carafe_d2.reference import carafe_naive, carafe_upsample_naive
+from carafe_d2.testing import extreme_logits
 
 SOURCE = Path(__file__).parent / "cuda_emulation" / "emulated_kernels.cpp"
 SANITIZED = "CARAFE_D2_SANITIZED_EMULATION"  # the library that a process of its own tests
@@ -245,13 +246,17 @@ def assert_same_bits(results: list[Tensor], others: list[Tensor]) -> None:
         torch.testing.assert_close(result, other, rtol=0, atol=0, equal_nan=True)
 
 
-def check(library: ctypes.CDLL, case: Case, *device: int) -> None:
-    inputs = case.inputs()
-    results = Operator(library, FORWARD, *device)(case, inputs)
+def assert_as_defined(results: list[Tensor], case: Case, inputs: tuple) -> None:
     tolerance = max(TOLERANCE[dtype] for dtype in case.dtypes)
     for result, expected in zip(results, case.expected(*inputs), strict=True):
         atol = tolerance * max(1.0, expected.abs().max().item())
         torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=atol)
+
+
+def check(library: ctypes.CDLL, case: Case, *device: int) -> None:
+    inputs = case.inputs()
+    results = Operator(library, FORWARD, *device)(case, inputs)
+    assert_as_defined(results, case, inputs)
     assert_same_bits(results, Operator(library, BACKWARD, *device)(case, inputs))
 
 
@@ -524,20 +529,18 @@ def test_a_weight_that_is_not_finite_stays_in_its_window(
                 assert not results[0].isfinite().all()
 
 
-@OPERATORS
 @LAYOUTS
-def test_extreme_logits_and_weights(emulation, channels_last, fused):
-    for kernel in (3, 5):
-        case = Case(kernel=kernel, channels_last=channels_last, fused=fused)
-        features, weights, grad_output = case.inputs()
-        weights = weights.clone()
-        weights[:, 0] = 3e4
-        weights[:, 1:4] = -3e4
-        inputs = features, weights, grad_output
-        results = Operator(emulation)(case, inputs)
-        for result, expected in zip(results, case.expected(*inputs), strict=True):
-            atol = 2e-5 * max(1.0, expected.abs().max().item())
-            torch.testing.assert_close(result.double(), expected, rtol=2e-5, atol=atol)
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize("general", [False, True], ids=["special", "general"])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_logits_far_from_zero(emulation, dtypes, general, kernel, channels_last):
+    """Only the differences between logits count; what rounding leaves of them, counts in full."""
+    case = Case((1, 16, 2, 3), kernel, 1, 2, dtypes, channels_last, fused=True)
+    features, logits, grad_output = case.inputs()
+    operator = Operator(emulation, general_blocks=2 if general else 0)
+    for extreme in extreme_logits(logits):
+        inputs = features, extreme, grad_output
+        assert_as_defined(operator(case, inputs), case, inputs)
 
 
 @LAYOUTS

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import instantiate
+from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.solver import LRMultiplier, build_lr_scheduler
@@ -15,10 +16,12 @@ from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from carafe_d2.config import load_config
+from carafe_d2.data import register_shapes
 from carafe_d2.data.build import CarafeDatasetMapper
 from carafe_d2.errors import UserError
-from carafe_d2.lazy_config import load_lazy_config
+from carafe_d2.lazy_config import data_expectations, load_lazy_config
 from carafe_d2.solver import build_optimizer
+from tools import lazyconfig_train_net
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = sorted(path.stem for path in (CONFIGS / "lazy").glob("*.py"))
@@ -256,3 +259,21 @@ def test_evaluation_needs_no_training_keys(tmp_path):
     assert load_lazy_config(str(file), eval_only=True).model.x == 1
     with pytest.raises(UserError, match=r"lacks 'dataloader\.train'"):
         load_lazy_config(str(file))
+
+
+def test_data_are_held_to_the_config(make_shapes, monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(make_shapes(train=4, val=2)))
+    register_shapes()
+    shapes = ["--config-file", SHAPES]
+    output = f"train.output_dir={tmp_path}"
+    parse = default_argument_parser().parse_args
+    try:
+        cfg = lazyconfig_train_net.setup(parse([*shapes, output]))
+        expected = data_expectations(cfg)
+        assert expected.DATASETS.TRAIN == ("shapes_train",)
+        assert expected.MODEL.MASK_ON and expected.INPUT.MASK_FORMAT == "bitmask"
+        with pytest.raises(UserError, match=r"there are 6; set MODEL.ROI_HEADS.NUM_CLASSES"):
+            lazyconfig_train_net.setup(parse([*shapes, output, "model.roi_heads.num_classes=5"]))
+    finally:
+        monkeypatch.undo()
+        register_shapes()

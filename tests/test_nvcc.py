@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from carafe_d2.collect_env import build_info
+from carafe_d2.collect_env import OLDEST_DRIVERS, build_info
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "operator-cuda"
@@ -149,6 +149,32 @@ def test_spills_are_noticed(tmp_path):
     (function,) = parse(log)
     assert function.spilled_bytes > 0
     assert re.fullmatch(r"sm_80: \d+ bytes spilled in forward\(float\*\)", str(function))
+
+
+# ------------------------------------------------------------------------------------ messages
+
+
+def test_error_names_the_driver_that_is_needed(tmp_path):
+    """Of a driver that is too old for the CUDA runtime; any driver or none is asked here."""
+    source, program = tmp_path / "message.cu", tmp_path / "message"
+    source.write_text(
+        f'#include "{ROOT}/csrc/cuda/error.h"\n'
+        "#include <cstdio>\n"
+        "int main() {\n"
+        "  std::puts(carafe_d2::error_message(cudaErrorInsufficientDriver).c_str());\n"
+        "  std::puts(carafe_d2::error_message(cudaErrorInvalidValue).c_str());\n"
+        "}\n"
+    )
+    run_nvcc(source, program, "-cudart", "static")
+    output = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    too_old, other = output.splitlines()
+    message = re.fullmatch(
+        r"the NVIDIA driver is too old: carafe_d2 was built with CUDA (\d+)\.\d, which needs "
+        r"driver (\d+) or newer, and this one supports CUDA \d+\.\d",
+        too_old,
+    )
+    assert int(message[2]) == OLDEST_DRIVERS[message[1]]
+    assert other == "invalid argument"
 
 
 # -------------------------------------------------------------------------------- machine code

@@ -21,6 +21,7 @@ from carafe_d2.testing import (
     Case,
     backward_of,
     check_operator,
+    extreme_logits,
 )
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -195,11 +196,39 @@ def test_bitwise_the_same_for_any_number_of_threads(operator, reference, layout)
         torch.set_num_threads(before)
 
 
+# For CUDA's kernels, those of their own for each layout come first, then the general ones.
+EXTREME_CASES = [
+    *(
+        Case((1, 16, 3, 5), k, 1, s, dtype, kernels_dtype, m)
+        for k, s in ((3, 2), (5, 2), (7, 2), (3, 1), (9, 2))
+        for dtype, kernels_dtype in ((F32, F32), (F32, F16), (F32, BF16), (F16, F16), (BF16, BF16))
+        for m in BOTH
+    ),
+    *(Case((1, 16, 3, 5), kernel=5, layout=m) for m in BOTH),
+]
+
+
+def check_extreme_logits(case: Case, device: str) -> None:
+    features, logits = case.inputs(carafe_upsample, device)
+    for extreme in extreme_logits(logits):
+        inputs = features, extreme.requires_grad_()
+        check_operator(carafe_upsample, carafe_upsample_naive, case, device, inputs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", EXTREME_CASES, ids=str)
+def test_logits_far_from_zero(case, device):
+    """Only the differences between logits count; what rounding leaves of them, counts in full."""
+    check_extreme_logits(case, device)
+
+
 def check_on_cpu():
     for operator, reference in PAIRS:
         for case in CASES:
             if case.kernel == 5 or case.shape == (3, 37, 7, 35):
                 check_operator(operator, reference, case)
+    for case in EXTREME_CASES:
+        check_extreme_logits(case, "cpu")
 
 
 @pytest.mark.slow

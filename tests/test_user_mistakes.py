@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -9,30 +10,28 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from carafe_d2 import train_net
 from carafe_d2.config import load_config
-from carafe_d2.data import register_shapes
+from carafe_d2.errors import UserError
 
 CONFIG = "shapes_mask_rcnn_R18_FPN_carafe.yaml"
 SMALL = [
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2"),
     *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "20", "MODEL.RPN.POST_NMS_TOPK_TEST", "20"),
-    *("SOLVER.BASE_LR", "0.001", "SOLVER.MAX_ITER", "2", "SOLVER.CHECKPOINT_PERIOD", "1"),
+    *("MODEL.FPN.OUT_CHANNELS", "16", "MODEL.CARAFE.COMPRESSED_CHANNELS", "16"),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "16"),
+    *("SOLVER.BASE_LR", "0.001", "SOLVER.MAX_ITER", "2"),
     *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
 ]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def datasets(make_shapes):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DETECTRON2_DATASETS", str(make_shapes(train=4, val=2)))
-        register_shapes()
-        yield
-    register_shapes()
+def datasets(register_shapes):
+    register_shapes(train=4, val=2)
 
 
 def run(*options, folder, flags=()):
-    train_net.run(
-        ["--config-file", CONFIG, *flags, *SMALL, *map(str, options), "OUTPUT_DIR", str(folder)]
-    )
+    # The mistake comes last, where it is looked for first.
+    options = ["OUTPUT_DIR", folder, *options]
+    train_net.run(["--config-file", CONFIG, *flags, *SMALL, *map(str, options)])
 
 
 def error_of(*options, folder, flags=()) -> str:
@@ -83,6 +82,7 @@ def trained(tmp_path_factory):
         ("TEST.EXPECTED_RESULTS [['bbox','AP']]", "TEST.EXPECTED_RESULTS"),
         ("TEST.AUG.ENABLED True MODEL.META_ARCHITECTURE LegacyRCNN", "TEST.AUG.ENABLED"),
         ("MODEL.PIXEL_MEAN [1.0]", "MODEL.PIXEL_MEAN"),
+        ("MODEL.KEYPOINT_ON True", "MODEL.CHANNELS_LAST"),
         ("MODEL.ROI_HEADS.NUM_CLASSES 5", "MODEL.ROI_HEADS.NUM_CLASSES"),
         ("GLOBAL.HACK 2.0", "GLOBAL.HACK"),
         ("SEED abc", "SEED"),
@@ -94,6 +94,29 @@ def test_config_mistake_is_one_line_with_the_key(options, key, tmp_path):
     error = error_of(*options.split(), folder=tmp_path)
     assert key in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "sections with keys"),
+        ("- a list", "sections with keys"),
+        ("MODEL: [1,", "while parsing"),
+        ('_BASE_: "missing.yaml"', "missing.yaml"),
+        ('_BASE_: "mistaken.yaml"', "its _BASE_ leads back to itself"),
+        ("VERSION: 2\nMODEL: 3", "for config key: MODEL"),
+        ("MODEL: {DEVICE: cpu}\nSEED: 1\nMODEL: {MASK_ON: True}", "line 3: MODEL is given twice"),
+    ],
+)
+def test_mistake_in_a_config_file_is_one_line_with_its_path(text, message, tmp_path):
+    path = tmp_path / "mistaken.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_config(str(path))
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
 
 
 def test_output_folder_that_cannot_be_written_is_named(tmp_path):
@@ -109,6 +132,9 @@ def test_output_folder_that_cannot_be_written_is_named(tmp_path):
         (["MODEL.FPN.UPSAMPLE", "nearest"], "the model has no place for backbone.fpn_upsample2"),
         (["MODEL.RESNETS.DEPTH", 34], "lacks backbone.bottom_up.res2.2"),
         (["MODEL.ROI_MASK_HEAD.NUM_CONV", 3], "lacks roi_heads.mask_head.mask_fcn3"),
+        # what the weights do not show
+        (["MODEL.CARAFE.ENCODER_DILATION", 2], "MODEL.CARAFE.ENCODER_DILATION is 2, but"),
+        (["INPUT.FORMAT", "BGR"], "INPUT.FORMAT is 'BGR', but the weights were trained with 'RGB'"),
     ],
 )
 def test_evaluation_takes_a_checkpoint_whole_or_refuses_it(options, message, trained, tmp_path):
@@ -146,9 +172,9 @@ def test_wrappers_around_weights_change_nothing(wrap, trained, tmp_path):
 def test_compiled_part_of_a_model_takes_plain_weights(trained):
     from carafe_d2 import CarafeCheckpointer
 
-    cfg = load_config(CONFIG)
+    cfg = load_config(CONFIG, SMALL)
     model = train_net.Trainer.build_model(cfg)
-    model.backbone = torch.compile(model.backbone)
+    model.backbone = torch.compile(model.backbone, backend="eager")
     CarafeCheckpointer(model).load(str(trained / "model_final.pth"))
     saved = torch.load(trained / "model_final.pth")["model"]
     name = "fpn_lateral2.weight"
@@ -185,22 +211,24 @@ def test_pickles_of_arrays_load_and_others_run_no_code(trained, tmp_path):
     [
         (["SOLVER.OPTIMIZER", "SGD"], "SOLVER.OPTIMIZER"),
         (["MODEL.CARAFE.UP_KERNEL", "3"], "content_encoder.weight has shape"),
+        (["MODEL.BACKBONE.FREEZE_AT", "2"], "keep its MODEL.BACKBONE.FREEZE_AT"),
     ],
 )
 def test_resuming_another_training_is_refused(options, message, trained, tmp_path):
-    run(folder=tmp_path)
-    options = [*options, "SOLVER.MAX_ITER", "3"]
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    options = ["SOLVER.MAX_ITER", "3", *options]
     assert message in error_of(*options, folder=tmp_path, flags=["--resume"])
 
 
-def test_changed_learning_rate_is_obeyed_on_resume(tmp_path):
-    run("SOLVER.WARMUP_ITERS", 0, folder=tmp_path)
-    flags = ["--resume"]
-    longer = ["SOLVER.MAX_ITER", 4, "SOLVER.WARMUP_ITERS", 0]
-    run(*longer, "SOLVER.BASE_LR", 0.0001, folder=tmp_path, flags=flags)
-    state = torch.load(tmp_path / "model_final.pth", weights_only=False)["trainer"]
-    (initial,) = {g["initial_lr"] for g in state["_trainer"]["optimizer"]["param_groups"]}
-    assert initial == 0.0001
+def test_changed_learning_rate_and_seed_are_obeyed_on_resume(tmp_path):
+    sgd = ["SOLVER.OPTIMIZER", "SGD", "SOLVER.WARMUP_ITERS", 0]
+    run(*sgd, folder=tmp_path)
+    changed = ["SOLVER.BASE_LR", 0.0001, "SOLVER.NESTEROV", True, "SEED", 7]
+    run(*sgd, "SOLVER.MAX_ITER", 4, *changed, folder=tmp_path, flags=["--resume"])
+    state = torch.load(tmp_path / "model_final.pth", weights_only=False)
+    groups = state["trainer"]["_trainer"]["optimizer"]["param_groups"]
+    assert {(group["initial_lr"], group["nesterov"]) for group in groups} == {(0.0001, True)}
+    assert state["data_loader"]["seed"] == 7
 
 
 def test_test_time_augmentation_is_evaluated(tmp_path):
@@ -235,8 +263,8 @@ def test_datasets_that_are_functions_are_evaluated_as_they_are_now(trained, tmp_
         MetadataCatalog.pop(name, None)
 
 
-def test_more_detections_than_cocos_limit_count(trained, tmp_path, caplog):
+def test_more_detections_than_cocos_limit_count(trained, tmp_path):
     weights = ["MODEL.WEIGHTS", trained / "model_final.pth", "TEST.DETECTIONS_PER_IMAGE", 300]
-    with caplog.at_level("INFO", logger="carafe_d2.evaluation"):
-        run(*weights, folder=tmp_path, flags=["--eval-only"])
-    assert "AP counts up to 300 detections of an image, not COCO's 100" in caplog.text
+    run(*weights, folder=tmp_path, flags=["--eval-only"])
+    log = (tmp_path / "log.txt").read_text()
+    assert "AP counts up to 300 detections of an image, not COCO's 100" in log

@@ -20,7 +20,8 @@ import torch
 from detectron2.data import MetadataCatalog
 
 from carafe_d2 import mmdet
-from carafe_d2.checkpoint import read_checkpoint
+from carafe_d2.checkpoint import check_is_state_dict, read_checkpoint
+from carafe_d2.data.register import dataset_name
 from carafe_d2.errors import UserError, exit_on_user_error
 
 
@@ -59,8 +60,7 @@ def mmdet_file(content: dict, layout: str | None, classes: tuple[str, ...] | Non
         classes: names of the classes by label; default are those that the file names.
     """
     weights, origin = content.get("model", content), content.get("mmdet", {})
-    if not isinstance(weights, dict):
-        raise UserError("there are no weights in this checkpoint")
+    check_is_state_dict("the input", weights)
     found = mmdet.num_classes(weights)
     if classes and found != len(classes):
         raise UserError(f"the dataset has {len(classes)} classes, the checkpoint {found}")
@@ -84,9 +84,13 @@ def plain(value):
 
 def class_names(dataset: str) -> tuple[str, ...]:
     """The names of a registered dataset's classes, by label."""
+    dataset = dataset_name(dataset)
     if dataset not in MetadataCatalog.list():
         raise UserError(f"dataset {dataset!r} is not registered")
-    return tuple(MetadataCatalog.get(dataset).thing_classes)
+    classes = MetadataCatalog.get(dataset).get("thing_classes")
+    if not classes:
+        raise UserError(f"dataset {dataset!r} has no names of classes in its metadata")
+    return tuple(classes)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -103,7 +107,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "2.x and 3.x are the same",
     )
     parser.add_argument(
-        "--dataset", metavar="NAME", help="take the class names for MMDetection from this dataset"
+        "--dataset",
+        metavar="NAME",
+        help="take the class names for MMDetection from this dataset; "
+        "NAME=ANNOTATIONS.json:IMAGES/ is one of your own",
     )
     return parser.parse_args(argv)
 

@@ -8,23 +8,29 @@
 Differences from Detectron2's script of that name are those of ``train_net.py``.
 """
 
+import contextlib
+
 import torch
 from detectron2.config import instantiate
 from detectron2.engine import default_argument_parser, default_setup, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from omegaconf import OmegaConf
+from detectron2.utils.events import EventStorage
 
 from carafe_d2 import CarafeCheckpointer
+from carafe_d2.config import check_folder
 from carafe_d2.data.build import check_datasets
+from carafe_d2.data.checks import check_data
+from carafe_d2.diagnosis import one_line, silence
 from carafe_d2.engine import (
     build_checkpointer,
     build_trainer,
     launch,
+    log_to,
     resume_or_load,
     share_buffers,
 )
-from carafe_d2.lazy_config import load_lazy_config
+from carafe_d2.lazy_config import data_expectations, load_lazy_config
 
 
 def build_model(cfg):
@@ -46,16 +52,30 @@ def test(cfg, model):
     return results
 
 
-def train(cfg, resume):
+def trainer_of(cfg):
     model = build_model(cfg)
     cfg.optimizer.params.model = model
-    trainer = build_trainer(
+    return build_trainer(
         model,
         instantiate(cfg.dataloader.train),
         instantiate(cfg.optimizer),
         amp=cfg.train.amp.enabled,
         **cfg.train.ddp,
     )
+
+
+def rehearse(cfg, *, training):
+    """Does once what the program does with a config, writing nothing."""
+    if not training:
+        build_model(cfg)
+        return
+    with EventStorage() as storage:
+        trainer = trainer_of(cfg)
+        trainer.storage = storage
+        trainer.run_step()
+
+
+def train(cfg, trainer, resume):
     checkpointer = build_checkpointer(trainer, cfg.train.output_dir)
     is_main = comm.is_main_process()
     trainer.register_hooks(
@@ -79,23 +99,41 @@ def train(cfg, resume):
 def setup(args):
     """Builds the config from file and command line, and checks that its data is there."""
     cfg = load_lazy_config(args.config_file, args.opts, eval_only=args.eval_only)
-    for loader in ["test"] if args.eval_only else ["train", "test"]:
-        names = OmegaConf.select(cfg, f"dataloader.{loader}.dataset.names", default=[])
-        check_datasets([names] if isinstance(names, str) else names)
+    expected = data_expectations(cfg)
+    trained = () if args.eval_only else expected.DATASETS.TRAIN
+    check_datasets((*trained, *expected.DATASETS.TEST))
+    check_folder("train.output_dir", cfg.train.output_dir)
     default_setup(cfg, args)
+    log_to(cfg.train.output_dir)
+    check_data(expected, training=not args.eval_only)
     return cfg
 
 
 def main(args):
-    cfg = setup(args)
-    if args.eval_only:
-        model = build_model(cfg)
-        CarafeCheckpointer(model, save_dir=cfg.train.output_dir).resume_or_load(
-            cfg.train.init_checkpoint, resume=args.resume
-        )
-        test(cfg, model)
-    else:
-        train(cfg, args.resume)
+    def attempt(overrides):
+        cfg = load_lazy_config(args.config_file, overrides, eval_only=args.eval_only)
+        rehearse(cfg, training=not args.eval_only)
+
+    with one_line(lambda cause: explain(cause, args.opts, attempt)):
+        cfg = setup(args)
+        model = build_model(cfg) if args.eval_only else None
+        trainer = None if args.eval_only else trainer_of(cfg)
+    if trainer:
+        train(cfg, trainer, args.resume)
+        return
+    CarafeCheckpointer(model, save_dir=cfg.train.output_dir).resume_or_load(
+        cfg.train.init_checkpoint, resume=args.resume
+    )
+    test(cfg, model)
+
+
+def explain(cause, overrides, attempt):
+    """The override without which an attempt succeeds, and why it fails with it."""
+    for i in reversed(range(len(overrides))):
+        with silence(), contextlib.suppress(Exception):
+            attempt([*overrides[:i], *overrides[i + 1 :]])
+            return f"{overrides[i]}: {cause}; without it, it works"
+    return None
 
 
 if __name__ == "__main__":

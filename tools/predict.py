@@ -24,11 +24,12 @@ import argparse
 import glob
 import itertools
 import json
+import operator
 import os
 import sys
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -42,13 +43,21 @@ from tqdm import tqdm
 from carafe_d2.config import load_config
 from carafe_d2.errors import UserError, exit_on_user_error
 from carafe_d2.files import write_file
-from carafe_d2.inference import Predictor, known_dataset, read_image, save_image, split_opts
+from carafe_d2.inference import (
+    Predictor,
+    known_dataset,
+    named_mistakes,
+    read_image,
+    save_image,
+    split_opts,
+)
 
 # What cannot be read is named below; FFmpeg is to be silent about it.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 # What is taken of a folder. Any other file that is named itself is tried as an image.
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"}
+WRITTEN = {".jpg", ".jpeg", ".png", ".mp4"}  # the suffixes that outputs keep
 
 
 # --- input and output files ---------------------------------------------------------------------
@@ -63,22 +72,20 @@ def find_inputs(values: Iterable[str]) -> list[Path]:
     Raises:
         UserError: one of them gives no file.
     """
-    found: list[Path] = []
-    for value in map(os.path.expanduser, values):
-        path = Path(value)
+    found: dict[Path, Path] = {}
+    for value in values:
+        path = Path(value).expanduser()
         if path.is_dir():
-            files = sorted(f for f in path.iterdir() if f.suffix.lower() in IMAGES | VIDEOS)
-            reason = "holds no image or video"
-        elif glob.has_magic(value) and not path.exists():
-            files = sorted(f for f in map(Path, glob.glob(value, recursive=True)) if f.is_file())
-            reason = "matches no file"
+            files = [f for f in path.iterdir() if f.suffix.lower() in IMAGES | VIDEOS]
+        elif path.is_file():
+            files = [path]
         else:
-            files = [path] if path.is_file() else []
-            reason = "does not exist"
+            files = [f for f in map(Path, glob.glob(str(path), recursive=True)) if f.is_file()]
         if not files:
+            reason = "holds no image or video" if path.is_dir() else "names no file"
             raise UserError(f"--input: {value} {reason}")
-        found += files
-    return list({file.absolute(): file for file in found}.values())
+        found |= {file.absolute(): file for file in sorted(files)}
+    return list(found.values())
 
 
 def is_video(path: Path) -> bool:
@@ -96,74 +103,72 @@ def output_files(inputs: list[Path], folder: Path) -> dict[Path, Path]:
     """
     shared = os.path.commonpath([file.absolute().parent for file in inputs])
     unique = len({file.name for file in inputs}) == len(inputs)
+    existing = {file.resolve() for file in inputs}
     outputs = {}
     for file in inputs:
         output = folder / (file.name if unique else file.absolute().relative_to(shared))
-        kept, written = (
-            ({".mp4"}, ".mp4") if is_video(file) else ({".jpg", ".jpeg", ".png"}, ".png")
-        )
-        if output.suffix.lower() not in kept:
-            output = output.with_name(output.name + written)
-        outputs[file] = output
-    existing = {file.resolve() for file in inputs}
-    for output in outputs.values():
+        if output.suffix.lower() not in WRITTEN:
+            output = output.with_name(output.name + (".mp4" if is_video(file) else ".png"))
         if output.resolve() in existing:
             raise UserError(f"--output {folder} would overwrite {output}; name another folder")
+        outputs[file] = output
     return outputs
 
 
 # --- COCO's formats -----------------------------------------------------------------------------
 
 
-def read_annotations(path: Path) -> dict:
-    """Reads `images` and `categories` of a COCO annotation file.
+def read_annotations(path: Path) -> tuple[dict[tuple[str, ...], int], Metadata]:
+    """Reads images and categories of a COCO annotation file.
+
+    Returns:
+        The id of each image by the parts of its path, and names and ids of the classes in the
+        order in which Detectron2 numbers them: by id.
 
     Raises:
         UserError: it is missing or is no such file.
     """
     try:
-        content = json.loads(path.read_text())
-        return {
-            "images": [{"id": i["id"], "file_name": i["file_name"]} for i in content["images"]],
-            "categories": [{"id": c["id"], "name": c["name"]} for c in content["categories"]],
-        }
+        content = json.loads(path.read_bytes())
+        ids = {Path(image["file_name"]).parts: image["id"] for image in content["images"]}
+        categories = sorted((operator.index(c["id"]), c["name"]) for c in content["categories"])
     except OSError as error:
         raise UserError(f"cannot read --annotations {path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"--annotations {path} is no COCO annotation file") from error
-
-
-def metadata_of(annotations: dict, name: str) -> Metadata:
-    """Names and ids of the classes in the order in which Detectron2 numbers them: by id."""
-    categories = sorted(annotations["categories"], key=lambda category: category["id"])
-    return Metadata(
-        name=name,
-        thing_classes=[category["name"] for category in categories],
-        thing_dataset_id_to_contiguous_id={c["id"]: i for i, c in enumerate(categories)},
+    return ids, Metadata(
+        name=str(path),
+        thing_classes=[name for _, name in categories],
+        thing_dataset_id_to_contiguous_id={id: i for i, (id, _) in enumerate(categories)},
     )
 
 
-def image_ids(images: list[Path], annotations: dict | None) -> dict[Path, int]:
+def image_ids(images: list[Path], annotated: dict[tuple[str, ...], int] | None) -> dict[Path, int]:
     """The COCO id of each image; the module's docstring has the rule.
+
+    Args:
+        images: their files.
+        annotated: the ids that :func:`read_annotations` found, if there are annotations.
 
     Raises:
         UserError: the annotations lack an image.
     """
-    if annotations:
-        known = {Path(image["file_name"]).parts: image["id"] for image in annotations["images"]}
-        ids = {}
-        for image in images:
-            # A file name there may have folders in front, and the path has others before these.
-            endings = (image.absolute().parts[i:] for i in range(len(image.absolute().parts)))
-            found = next((known[ending] for ending in endings if ending in known), None)
-            if found is None:
-                raise UserError(f"--annotations has no image of the name {image.name}")
-            ids[image] = found
-        return ids
-    stems = [image.stem for image in images]
-    if all(s.isascii() and s.isdigit() for s in stems) and len({*map(int, stems)}) == len(stems):
-        return {image: int(image.stem) for image in images}
-    return {image: i for i, image in enumerate(images, start=1)}
+    if annotated is None:
+        stems = [image.stem for image in images]
+        if all(stem.isascii() and stem.isdigit() for stem in stems):
+            ids = {image: int(image.stem) for image in images}
+            if len(set(ids.values())) == len(images):
+                return ids
+        return {image: i for i, image in enumerate(images, start=1)}
+    ids = {}
+    for image in images:
+        # A file name there may have folders in front, and the path has others before these.
+        parts = image.absolute().parts
+        endings = [parts[i:] for i in range(len(parts)) if parts[i:] in annotated]
+        if not endings:
+            raise UserError(f"--annotations has no image of the name {image.name}")
+        ids[image] = annotated[endings[0]]
+    return ids
 
 
 def categories_of(metadata: Metadata) -> dict[int, int]:
@@ -187,164 +192,144 @@ def to_coco(instances: Instances, image_id: int, metadata: Metadata) -> list[dic
     return results
 
 
-def save_json(path: Path, content) -> None:
-    write_file(path, json.dumps(content).encode())
-
-
 # --- prediction ---------------------------------------------------------------------------------
 
-
-def batched(items: Iterable, size: int) -> Iterator[list]:
-    iterator = iter(items)
-    return iter(lambda: list(itertools.islice(iterator, size)), [])
+Key = TypeVar("Key")
 
 
-def draw(
-    image: np.ndarray, instances: Instances, metadata: Metadata, width: int | None, seed: int
-) -> np.ndarray:
-    """Draws instances into an image.
+def predictions(
+    predictor: Predictor, images: Iterable[tuple[Key, np.ndarray]], batch_size: int
+) -> Iterator[tuple[Key, np.ndarray, Instances]]:
+    """Predicts one batch after the other.
 
     Args:
-        image: RGB, (H, W, 3), uint8.
-        instances: what is drawn.
-        metadata: names of the classes.
-        width: of the picture; default: that of the image.
-        seed: determines the colors, which the visualizer draws by lot.
+        images: RGB, (H, W, 3), uint8, each after what it is known by.
+        batch_size: how many are predicted at once.
 
-    Returns:
-        RGB, (height, width, 3), uint8.
+    Yields:
+        Each image again, with what was found in it.
     """
-    np.random.seed(seed)
-    visualizer = Visualizer(image, metadata, scale=width / image.shape[1] if width else 1)
-    return visualizer.draw_instance_predictions(instances).get_image()
+    images = iter(images)
+    while batch := list(itertools.islice(images, batch_size)):
+        found = predictor([image for _, image in batch])
+        for (key, image), instances in zip(batch, found, strict=True):
+            yield key, image, instances
 
 
-class ImagePrediction:
-    """Predicts images one batch after the other.
+def predict_images(
+    predictor: Predictor,
+    ids: dict[Path, int],
+    outputs: dict[Path, Path],
+    args: argparse.Namespace,
+    skip: Callable[[UserError], None],
+) -> None:
+    """Draws what is found in images, and saves it.
 
-    Attributes:
-        unreadable: what is to be said of each image that was skipped.
-        results: all detections in COCO's result format.
-        images: id, file name and size of each image, as in a COCO annotation file.
+    Args:
+        ids: of each image the COCO id.
+        outputs: of each image the picture's file.
+        args: the command line.
+        skip: called for each image that cannot be read.
     """
 
-    def __init__(self, predictor: Predictor, ids: dict[Path, int]):
-        self.unreadable: list[str] = []
-        self.results: list[dict] = []
-        self.images: list[dict] = []
-        self._predictor = predictor
-        self._ids = ids
-
-    def _read(self, files: Iterable[Path]) -> Iterator[tuple[Path, np.ndarray]]:
-        for file in files:
+    def read():
+        for file in tqdm(ids, unit="image", desc="images"):
             try:
                 yield file, read_image(file)
             except UserError as error:
-                self.unreadable.append(str(error))
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
+                skip(error)
 
-    def run(self, batch_size: int) -> Iterator[tuple[Path, np.ndarray, Instances]]:
-        """Yields path, RGB image and what was found in it, image by image."""
-        files = tqdm(self._ids, unit="image", desc="images")
-        for batch in batched(self._read(files), batch_size):
-            predictions = self._predictor([image for _, image in batch])
-            for (file, image), instances in zip(batch, predictions, strict=True):
-                image_id, (height, width) = self._ids[file], image.shape[:2]
-                self.images.append(
-                    {"id": image_id, "file_name": file.name, "height": height, "width": width}
-                )
-                self.results += to_coco(instances, image_id, self._predictor.metadata)
-                yield file, image, instances
+    results: list[dict] = []
+    described: list[dict] = []
+    metadata = predictor.metadata
+    try:
+        for file, image, instances in predictions(predictor, read(), args.batch_size):
+            height, width = image.shape[:2]
+            described.append(
+                {"id": ids[file], "file_name": file.name, "height": height, "width": width}
+            )
+            results += to_coco(instances, ids[file], metadata)
+            if not args.no_images:
+                np.random.seed(0)  # of the visualizer's colors: the same ones in every run
+                visualizer = Visualizer(image, metadata, scale=(args.width or width) / width)
+                drawn = visualizer.draw_instance_predictions(instances)
+                save_image(outputs[file], drawn.get_image())
+    finally:
+        if args.json:
+            category_ids = categories_of(metadata)
+            names = metadata.get("thing_classes") or []
+            categories = [{"id": category_ids.get(i, i), "name": n} for i, n in enumerate(names)]
+            content = {"images": described, "categories": categories}
+            write_file(args.output / "coco_instances_results.json", json.dumps(results))
+            write_file(args.output / "coco_images.json", json.dumps(content))
 
-    def save(self, folder: Path) -> None:
-        """Writes the two JSON files of the images."""
-        ids = categories_of(self._predictor.metadata)
-        names = self._predictor.metadata.get("thing_classes") or []
-        categories = [{"id": ids.get(i, i), "name": name} for i, name in enumerate(names)]
-        save_json(folder / "coco_instances_results.json", self.results)
-        save_json(folder / "coco_images.json", {"images": self.images, "categories": categories})
 
+def frames_of(video: cv2.VideoCapture, source: str) -> Iterator[np.ndarray]:
+    """The frames of a video or a camera, RGB, (H, W, 3), uint8.
 
-def frames_of(file: Path | int) -> tuple[Iterator[np.ndarray], float, int | None]:
-    """Opens a video, or the camera of a number.
-
-    Returns:
-        Its frames, RGB (H, W, 3), frames per second, and the number of frames if it is known.
+    Args:
+        source: its name, for the message.
 
     Raises:
-        UserError: it does not decode.
+        UserError: there are none.
     """
-    video = cv2.VideoCapture(file if isinstance(file, int) else str(file))
-    readable, first = video.read()
-    if not readable:
-        raise UserError(f"cannot read video {file}: OpenCV decodes no frame of it")
+    if not video.grab():
+        raise UserError(f"cannot read {source}: OpenCV decodes no frame of it")
 
     def frames():
-        frame = first
-        while frame is not None:
-            yield frame[:, :, ::-1]
-            frame = video.read()[1]
-        video.release()
+        grabbed = True
+        while grabbed:
+            yield cv2.cvtColor(video.retrieve()[1], cv2.COLOR_BGR2RGB)
+            grabbed = video.grab()
 
-    count = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-    return frames(), video.get(cv2.CAP_PROP_FPS) or 30.0, count if count > 0 else None
+    return frames()
 
 
-class VideoFile:
-    """Writes RGB frames to an MP4, from the first one on; a context manager.
+def open_mp4(path: Path, frames_per_second: float, size: Sequence[int]) -> cv2.VideoWriter:
+    """Opens an MP4 for frames of a size (width, height).
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: it cannot be written.
     """
-
-    def __init__(self, path: Path, frames_per_second: float):
-        self._path = path
-        self._frames_per_second = frames_per_second
-        self._writer: cv2.VideoWriter | None = None
-
-    def __enter__(self):
-        return self
-
-    def write(self, frame: np.ndarray) -> None:
-        # The codec halves the colors' resolution and drops what is odd of the sides.
-        height, width = frame.shape[:2]
-        frame = cv2.copyMakeBorder(frame, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
-        if self._writer is None:
-            write_file(self._path, b"")  # OpenCV does not say why it cannot write
-            codec = cv2.VideoWriter.fourcc(*"mp4v")
-            size = frame.shape[1::-1]
-            self._writer = cv2.VideoWriter(str(self._path), codec, self._frames_per_second, size)
-            if not self._writer.isOpened():
-                raise UserError(f"cannot write {self._path}: this OpenCV writes no MP4")
-        self._writer.write(frame[:, :, ::-1])
-
-    def __exit__(self, *exception):
-        if self._writer is not None:
-            self._writer.release()
+    write_file(path, b"")  # OpenCV does not say why it cannot write
+    codec = cv2.VideoWriter.fourcc(*"mp4v")
+    writer = cv2.VideoWriter(str(path), codec, frames_per_second, size)
+    if not writer.isOpened():
+        raise UserError(f"cannot write {path}: this OpenCV writes no MP4")
+    return writer
 
 
-def predict_video(predictor: Predictor, file: Path, output: Path, args) -> None:
+def predict_video(predictor: Predictor, file: Path, output: Path, args: argparse.Namespace) -> None:
     """Draws what is found in a video, and saves it, frame by frame.
 
     Raises:
         UserError: the video does not decode, or the output cannot be written.
     """
-    frames, frames_per_second, count = frames_of(file)
-    progress = tqdm(frames, total=count, unit="frame", desc=file.name)
+    video = cv2.VideoCapture(str(file))
+    frames = frames_of(video, f"video {file}")
+    count = max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0) or None  # some do not tell
+    progress = tqdm(enumerate(frames), total=count, unit="frame", desc=file.name)
     visualizer = VideoVisualizer(predictor.metadata)  # an object keeps its color
     results: list[dict] = []
-    number = itertools.count()
+    writer = None
     try:
-        with VideoFile(output, frames_per_second) as video:
-            for batch in batched(progress, args.batch_size):
-                for frame, instances in zip(batch, predictor(batch), strict=True):
-                    results += to_coco(instances, next(number), predictor.metadata)
-                    if not args.no_images:
-                        drawn = visualizer.draw_instance_predictions(frame, instances)
-                        video.write(drawn.get_image())
+        for number, frame, instances in predictions(predictor, progress, args.batch_size):
+            results += to_coco(instances, number, predictor.metadata)
+            if args.no_images:
+                continue
+            drawn = visualizer.draw_instance_predictions(frame, instances).get_image()
+            # The codec halves the colors' resolution and drops what is odd of the sides.
+            height, width = drawn.shape[:2]
+            drawn = cv2.copyMakeBorder(drawn, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+            if writer is None:
+                rate = video.get(cv2.CAP_PROP_FPS) or 30.0
+                writer = open_mp4(output, rate, drawn.shape[1::-1])
+            writer.write(cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
     finally:
+        if writer:
+            writer.release()
         if args.json:
-            save_json(output.with_name(f"{file.name}.json"), results)
+            write_file(output.with_name(f"{file.name}.json"), json.dumps(results))
 
 
 def show_camera(predictor: Predictor) -> None:
@@ -353,13 +338,12 @@ def show_camera(predictor: Predictor) -> None:
     Raises:
         UserError: there is no camera, or this OpenCV has no windows.
     """
-    frames = frames_of(0)[0]
+    frames = frames_of(cv2.VideoCapture(0), "the first camera")
     visualizer = VideoVisualizer(predictor.metadata)
     try:
-        for frame in frames:
-            (instances,) = predictor([frame])
+        for _, frame, instances in predictions(predictor, enumerate(frames), batch_size=1):
             drawn = visualizer.draw_instance_predictions(frame, instances).get_image()
-            cv2.imshow("carafe_d2, Esc ends", drawn[:, :, ::-1])
+            cv2.imshow("carafe_d2, Esc ends", cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
             if cv2.waitKey(1) == 27:
                 return
     except cv2.error as error:
@@ -370,11 +354,8 @@ def show_camera(predictor: Predictor) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    description, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
-        description=description,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument(
@@ -409,78 +390,70 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config keys and values")
     args = parser.parse_args(argv)
     args.input, args.opts = split_opts(args.input, args.opts)
-    return args
 
-
-def check_args(args: argparse.Namespace) -> None:
     if not 0 <= args.confidence_threshold <= 1:
         raise UserError(
             f"--confidence-threshold must be from 0 to 1, got {args.confidence_threshold}"
         )
-    for name in ("batch_size", "width"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
+    if args.width is not None and args.width < 1:
+        raise UserError(f"--width must be at least 1, got {args.width}")
     if args.webcam == bool(args.input):
         raise UserError("name files by --input, or a camera by --webcam")
     if args.no_images and not args.json:
         raise UserError("--no-images leaves nothing to write; add --json")
-
-
-def make_config(args: argparse.Namespace):
-    cfg = load_config(args.config_file, args.opts)
-    cfg.defrost()
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
-    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
-    cfg.freeze()
-    return cfg
+    return args
 
 
 @exit_on_user_error()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    check_args(args)
-    cfg = make_config(args)
+    with named_mistakes(args.config_file, args.opts):
+        predict(args)
+
+
+def predict(args: argparse.Namespace) -> None:
+    sections = ("ROI_HEADS", "RETINANET")
+    threshold = [(f"MODEL.{s}.SCORE_THRESH_TEST", args.confidence_threshold) for s in sections]
+    cfg = load_config(args.config_file, [*args.opts, *itertools.chain(*threshold)])
     if args.webcam:
         show_camera(Predictor(cfg))
         return
     inputs = find_inputs(args.input)
     outputs = output_files(inputs, args.output)
-    annotations = read_annotations(args.annotations) if args.annotations else None
-    ids = image_ids([file for file in inputs if not is_video(file)], annotations)
+    if args.annotations:
+        annotated, metadata = read_annotations(args.annotations)
+    else:
+        annotated, metadata = None, known_dataset(cfg)
+    ids = image_ids([file for file in inputs if not is_video(file)], annotated)
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {args.output}: {error.strerror}") from error
-    metadata = metadata_of(annotations, str(args.annotations)) if annotations else None
-    if args.json and not (metadata or known_dataset(cfg)):
+    if args.json and not metadata:
         raise UserError(
             "--json needs the category ids of the model's dataset: name it in DATASETS.TEST, "
             "register it by DATASETS.REGISTER, or give --annotations"
         )
     predictor = Predictor(cfg, metadata)
 
-    images = ImagePrediction(predictor, ids)
-    try:
-        for file, image, instances in images.run(args.batch_size) if ids else ():
-            if not args.no_images:
-                seed = zlib.crc32(file.name.encode())  # the same colors in every run
-                drawn = draw(image, instances, predictor.metadata, args.width, seed)
-                save_image(outputs[file], drawn)
-    finally:
-        if args.json and ids:
-            images.save(args.output)
+    skipped = []
 
-    failures = images.unreadable
+    def skip(error: UserError) -> None:
+        skipped.append(error)
+        tqdm.write(f"skipped: {error}", file=sys.stderr)
+
+    if ids:
+        predict_images(predictor, ids, outputs, args, skip)
     for file in filter(is_video, inputs):
         try:
             predict_video(predictor, file, outputs[file], args)
         except UserError as error:
-            failures.append(str(error))
-            print(f"skipped: {error}", file=sys.stderr)
-    print(f"{len(inputs) - len(failures)} of {len(inputs)} files predicted, to {args.output}")
-    if failures:
-        raise UserError(f"skipped {len(failures)} of {len(inputs)} files, for the reasons above")
+            skip(error)
+    print(f"{len(inputs) - len(skipped)} of {len(inputs)} files predicted, to {args.output}")
+    if skipped:
+        raise UserError(f"skipped {len(skipped)} of {len(inputs)} files, for the reasons above")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ Example:
 """
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -31,14 +32,14 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from carafe_d2 import CarafeFPN, CARAFEPack, carafe
 from carafe_d2.config import load_config
 from carafe_d2.errors import UserError, exit_on_user_error
 from carafe_d2.files import write_file
-from carafe_d2.inference import Predictor, read_image, split_opts
+from carafe_d2.inference import Predictor, named_mistakes, read_image, split_opts
 
 DEFAULT_POINTS = 2  # in the objects that are detected with the highest scores
 MOST_NUMBERS = 7  # side of the largest kernel whose weights are written out
@@ -69,30 +70,15 @@ class Upsampling:
     def kernel_size(self) -> int:
         return round(self.masks.shape[1] ** 0.5)
 
+    def locate(self, position: np.ndarray) -> tuple[int, int]:
+        """The cell (row, column) of the fine level at (x, y) in pixels of the model's input."""
+        column, row = (position * self.scale // self.stride).astype(int).tolist()
+        return row, column
+
     def kernel(self, row: int, column: int) -> np.ndarray:
         """The kernel (k, k) of a cell of the fine level, the mean of all groups."""
         k = self.kernel_size
         return self.masks[:, :, row, column].mean(dim=0).view(k, k).numpy()
-
-    def reassembled(self, weights: Tensor) -> Tensor:
-        """Which cells of the coarse level cells of the fine level are made of.
-
-        Reassembly is linear, so this is its adjoint, which is its gradient in the features.
-
-        Args:
-            weights: (groups, scale * H, scale * W) of the cells of the fine level.
-
-        Returns:
-            (groups, H, W): the weights of the cells of the coarse level. Where kernels reach over
-            the border of the map, they sum to less.
-        """
-        groups, height, width = weights.shape
-        features = torch.zeros(1, groups, height // self.scale, width // self.scale)
-        features.requires_grad_()
-        masks = self.masks.flatten(0, 1)[None]
-        with torch.enable_grad():
-            out = carafe(features, masks, self.kernel_size, groups, self.scale)
-            return torch.autograd.grad(out, features, weights[None])[0][0]
 
 
 def predict_kernels(predictor: Predictor, image: np.ndarray) -> tuple[Instances, list[Upsampling]]:
@@ -108,40 +94,37 @@ def predict_kernels(predictor: Predictor, image: np.ndarray) -> tuple[Instances,
         UserError: the model's backbone is no pyramid that upsamples with CARAFE.
     """
     backbone = getattr(predictor.model, "backbone", None)
-    upsamplers, strides = {}, {}
-    if isinstance(backbone, CarafeFPN):
-        strides = {name: shape.stride for name, shape in backbone.output_shape().items()}
-        for fine, coarse in itertools.pairwise(strides):
-            upsamplers[fine, coarse] = getattr(backbone, f"fpn_upsample{fine.removeprefix('p')}")
-    if not upsamplers or not all(isinstance(u, CARAFEPack) for u in upsamplers.values()):
+    levels = list(backbone.output_shape().items()) if isinstance(backbone, CarafeFPN) else []
+    packs = [getattr(backbone, f"fpn_upsample{name.removeprefix('p')}") for name, _ in levels[:-1]]
+    if not packs or not all(isinstance(pack, CARAFEPack) for pack in packs):
         raise UserError(
             "the config's backbone does not upsample with CARAFE; take a config with "
             "build_resnet_carafe_fpn_backbone and MODEL.FPN.UPSAMPLE carafe"
         )
 
-    logits = {}
-    hooks = [
-        pack.content_encoder.register_forward_hook(
-            lambda module, inputs, output, step=step: logits.update({step: output})
-        )
-        for step, pack in upsamplers.items()
-    ]
-    try:
+    logits: dict[nn.Module, Tensor] = {}
+
+    def keep(encoder, inputs, output):
+        logits[encoder] = output
+
+    with contextlib.ExitStack() as hooks:
+        for pack in packs:
+            hooks.enter_context(pack.content_encoder.register_forward_hook(keep))
         (instances,) = predictor([image])
-    finally:
-        for hook in hooks:
-            hook.remove()
 
     steps = []
-    for (fine, coarse), pack in upsamplers.items():
-        shuffled = F.pixel_shuffle(logits[fine, coarse].float(), pack.scale_factor)[0].cpu()
+    for pack, ((fine, _), (coarse, shape)) in zip(packs, itertools.pairwise(levels), strict=True):
+        output = logits[pack.content_encoder][0].float().cpu()
+        shuffled = F.pixel_shuffle(output, pack.scale_factor)
         masks = shuffled.unflatten(0, (pack.up_group, pack.up_kernel**2)).softmax(dim=1)
-        steps.append(Upsampling(fine, coarse, pack.scale_factor, strides[coarse], masks))
+        steps.append(Upsampling(fine, coarse, pack.scale_factor, shape.stride, masks))
     return instances, steps
 
 
 def accumulate(steps: list[Upsampling], row: int, column: int) -> list[np.ndarray]:
     """Which cells of the coarser levels a cell of the finest level is made of.
+
+    The top-down path is linear in the features that it adds up, so these are its gradients.
 
     Args:
         steps: the top-down path from the finest level on.
@@ -151,14 +134,16 @@ def accumulate(steps: list[Upsampling], row: int, column: int) -> list[np.ndarra
         For each step the weights (H, W) of the cells of its coarse level, the mean of all groups.
         They sum to one, less what kernels take from outside of the maps, where there is nothing.
     """
-    groups, _, height, width = steps[0].masks.shape
-    weights = torch.zeros(groups, height, width)
-    weights[:, row, column] = 1
-    accumulated = []
-    for step in steps:
-        weights = step.reassembled(weights)
-        accumulated.append(weights.mean(dim=0).numpy())
-    return accumulated
+    levels = []
+    finer = torch.zeros(1)
+    for step in reversed(steps):
+        groups, _, height, width = step.masks.shape
+        size = (1, groups, height // step.scale, width // step.scale)
+        levels.append(torch.zeros(size, requires_grad=True))
+        masks = step.masks.flatten(0, 1)[None]
+        finer = carafe(levels[-1] + finer, masks, step.kernel_size, groups, step.scale)
+    weights = torch.autograd.grad(finer[0, :, row, column].sum(), levels)
+    return [weight[0].mean(dim=0).numpy() for weight in reversed(weights)]
 
 
 # --- points -------------------------------------------------------------------------------------
@@ -190,28 +175,9 @@ def innermost_points(instances: Instances, number: int) -> list[tuple[int, int]]
         if best.has("pred_masks") and best.pred_masks[i].any():
             mask = np.pad(best.pred_masks[i].numpy().astype(np.uint8), 1)  # the border is outside
             distance = cv2.distanceTransform(mask, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
-            y, x = map(int, np.unravel_index(distance.argmax(), distance.shape))
+            x, y = cv2.minMaxLoc(distance)[3]
         points.append((min(x, width - 1), min(y, height - 1)))
     return list(dict.fromkeys(points))
-
-
-def locate(
-    point: tuple[int, int], scale: np.ndarray, steps: list[Upsampling]
-) -> list[tuple[int, int]]:
-    """The cell (row, column) of each step's fine level that a point lies in.
-
-    Args:
-        point: (x, y) in pixels of the image.
-        scale: size (x, y) in pixels of the image of a pixel of the model's input.
-        steps: the top-down path from the finest level on.
-    """
-    stride = steps[0].stride / steps[0].scale
-    column, row = ((np.array(point) + 0.5) / scale // stride).astype(int).tolist()
-    path = []
-    for step in steps:
-        path.append((row, column))
-        row, column = row // step.scale, column // step.scale
-    return path
 
 
 # --- drawing ------------------------------------------------------------------------------------
@@ -228,10 +194,10 @@ OUTLINE = [patheffects.withStroke(linewidth=3, foreground="white")]
 FONT_SIZES: Any = {"axes.titlesize": 9, "axes.labelsize": 9, "xtick.labelsize": 8}
 
 
-def show_image(panel: Axes, image: np.ndarray) -> None:
-    """Draws an image in the coordinates of its pixels, the origin in the corner of the first."""
+def show_image(panel: Axes, image: np.ndarray, cell: Sequence[float] | np.ndarray = (1, 1)) -> None:
+    """Draws an image in a panel that counts in cells of a size (x, y) in pixels of the image."""
     height, width = image.shape[:2]
-    panel.imshow(image, extent=(0, width, height, 0))
+    panel.imshow(image, extent=(0, width / cell[0], height / cell[1], 0))
     panel.set(xticks=[], yticks=[], facecolor="0.85")
 
 
@@ -239,23 +205,23 @@ def show_weights(
     panel: Axes,
     image: np.ndarray,
     weights: np.ndarray,
-    corner: np.ndarray,
+    first: Sequence[int],
     cell: np.ndarray,
     top: float,
 ) -> None:
-    """Lays weights over the pale image, and shows that part of it.
+    """Lays weights over the pale image, in a panel that counts in cells, and shows that part.
 
     Args:
         weights: (rows, columns) of cells of a feature map.
-        corner: (x, y) of the first cell's upper left corner in pixels of the image.
+        first: column and row of the first one in the map.
         cell: size (x, y) of a cell in pixels of the image.
         top: the weight at the end of the color scale.
     """
-    show_image(panel, 255 - (255 - image) // 3)
-    (left, upper), (right, lower) = corner, corner + cell * weights.shape[::-1]
-    extent = (left, right, lower, upper)
+    show_image(panel, 255 - (255 - image) // 3, cell)
+    (left, upper), (rows, columns) = first, weights.shape
+    extent = (left, left + columns, upper + rows, upper)
     panel.imshow(weights, COLORS, vmin=0, vmax=top, extent=extent, interpolation="nearest")
-    panel.set(xlim=(left, right), ylim=(lower, upper))
+    panel.set(xlim=extent[:2], ylim=extent[2:])
 
 
 def show_kernel(
@@ -274,42 +240,26 @@ def show_kernel(
         cell, top: see :func:`show_weights`.
     """
     kernel, k = step.kernel(row, column), step.kernel_size
-    first = np.array([column // step.scale, row // step.scale]) - k // 2
-    show_weights(panel, image, kernel, first * cell, cell, top)
-    for i in range(1, k):
-        panel.axvline((first[0] + i) * cell[0], color="white", lw=0.5)
-        panel.axhline((first[1] + i) * cell[1], color="white", lw=0.5)
-    frame = Rectangle(
-        np.array([column, row]) * cell / step.scale,
-        *(cell / step.scale),
-        fill=False,
-        edgecolor=POINT,
-        lw=1.4,
-    )
+    left, upper = column // step.scale - k // 2, row // step.scale - k // 2
+    show_weights(panel, image, kernel, (left, upper), cell, top)
+    panel.vlines(range(left, left + k), upper, upper + k, color="white", lw=0.5)
+    panel.hlines(range(upper, upper + k), left, left + k, color="white", lw=0.5)
+    side = 1 / step.scale
+    corner = (column * side, row * side)
+    frame = Rectangle(corner, side, side, fill=False, edgecolor=POINT, lw=1.4)
     frame.set_path_effects([*OUTLINE])
     panel.add_patch(frame)
-    if k > MOST_NUMBERS:
-        return
     for (i, j), weight in np.ndenumerate(kernel):
-        text = f"{weight:.2f}".removeprefix("0")
-        if text != ".00":
-            x, y = (first + np.array([j, i]) + 0.5) * cell
+        if weight >= 0.005 and k <= MOST_NUMBERS:
+            text = f"{weight:.2f}".removeprefix("0")
             color = "white" if weight > 0.6 * top else "black"
+            x, y = left + j + 0.5, upper + i + 0.5
             panel.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
 
 
-def mark(panel: Axes, point: tuple[int, int], size: float) -> None:
-    x, y = point
-    (line,) = panel.plot(x + 0.5, y + 0.5, "+", color=POINT, markersize=size, markeredgewidth=1.6)
+def mark(panel: Axes, at: np.ndarray, size: float) -> None:
+    (line,) = panel.plot(*at, "+", color=POINT, markersize=size, markeredgewidth=1.6)
     line.set_path_effects([*OUTLINE])
-
-
-def show_scale(panel: Axes, top: float, label: str) -> None:
-    """Draws the color scale from 0 to ``top``, somewhat narrower than the panel."""
-    panel.set_axis_off()
-    inset = panel.inset_axes((0.06, 0, 0.88, 1))
-    colors = ScalarMappable(Normalize(0, top), COLORS)
-    panel.figure.colorbar(colors, inset, orientation="horizontal", label=label)
 
 
 @matplotlib.rc_context(FONT_SIZES)
@@ -329,50 +279,44 @@ def draw(
     """
     height, width = image.shape[:2]
     scale = np.array([width / input_size[1], height / input_size[0]])  # pixels a pixel of the input
-    cells = [locate(point, scale, steps) for point in points]
-    top = max(
-        step.kernel(*at).max() for path in cells for step, at in zip(steps, path, strict=True)
-    )
+    centers = [np.array(point) + 0.5 for point in points]
+    top = max(step.kernel(*step.locate(at / scale)).max() for at in centers for step in steps)
 
     side = 1.7  # inches
-    aspect = min(max(height / width, 0.4), 2.5)
-    heights = [side, side * aspect] * len(points)
+    heights = [side, side * min(max(height / width, 0.4), 2.5)] * len(points)
     columns = len(steps) + 1
-    figure = Figure(
-        figsize=(side * columns + 0.2, sum(heights) + 0.3 * len(heights) + 0.8),
-        layout="constrained",
-    )
+    size = (side * columns + 0.2, sum(heights) + 0.3 * len(heights) + 0.8)
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.add_gridspec(len(heights) + 1, columns, height_ratios=[*heights, 0.12])
-    for i, (point, path) in enumerate(zip(points, cells, strict=True)):
-        panel = figure.add_subplot(grid[2 * i : 2 * i + 2, 0], title=f"point {point[0]},{point[1]}")
+    for i, ((x, y), center) in enumerate(zip(points, centers, strict=True)):
+        panel = figure.add_subplot(grid[2 * i : 2 * i + 2, 0], title=f"point {x},{y}")
         show_image(panel, image)
-        mark(panel, point, 16)
-        maps = accumulate(steps, *path[0])
-        for j, (step, at, weights) in enumerate(zip(steps, path, maps, strict=True), start=1):
+        mark(panel, center, 16)
+        maps = accumulate(steps, *steps[0].locate(center / scale))
+        for j, (step, weights) in enumerate(zip(steps, maps, strict=True), start=1):
             cell = step.stride * scale
             panel = figure.add_subplot(grid[2 * i, j], title=f"{step.coarse} to {step.fine}")
-            show_kernel(panel, image, step, *at, cell, top)
+            show_kernel(panel, image, step, *step.locate(center / scale), cell, top)
 
             title = f"{step.coarse} to {steps[0].fine}, accumulated"
             panel = figure.add_subplot(grid[2 * i + 1, j], title=title)
-            show_weights(panel, image, weights, np.zeros(2), cell, weights.max())
-            panel.set(xlim=(0, width), ylim=(height, 0))
-            mark(panel, point, 8)
+            show_weights(panel, image, weights, (0, 0), cell, weights.max())
+            panel.set(xlim=(0, width / cell[0]), ylim=(height / cell[1], 0))
+            mark(panel, center / cell, 8)
 
     middle = 1 + len(steps) // 2
-    show_scale(figure.add_subplot(grid[-1, 1:middle]), top, "upper rows: weight in the kernel")
-    show_scale(
-        figure.add_subplot(grid[-1, middle:]), 1, "lower rows: weight, as a share of the largest"
-    )
+    for place, most, label in (
+        (grid[-1, 1:middle], top, "upper rows: weight in the kernel"),
+        (grid[-1, middle:], 1, "lower rows: weight, as a share of the largest"),
+    ):
+        panel, colors = figure.add_subplot(place), ScalarMappable(Normalize(0, most), COLORS)
+        figure.colorbar(colors, panel, orientation="horizontal", label=label)
     return figure
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    description, _, details = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
-        description=description,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--input", required=True, metavar="IMAGE")
@@ -393,6 +337,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 @exit_on_user_error()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    with named_mistakes(args.config_file, args.opts):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     points = [parse_point(text) for text in args.points]
     cfg = load_config(args.config_file, args.opts)
     image = read_image(args.input)
@@ -406,10 +355,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     instances, steps = predict_kernels(predictor, image)
     if not points:
         points = innermost_points(instances, DEFAULT_POINTS) or [(width // 2, height // 2)]
-        chosen = (
-            "in the best detections" if len(instances) else "in the middle: nothing is detected"
-        )
-        print(f"points {' '.join(f'{x},{y}' for x, y in points)}, {chosen}")
+        where = "the best detections" if len(instances) else "the middle: nothing is detected"
+        print(f"points {' '.join(f'{x},{y}' for x, y in points)}, in {where}")
 
     picture = io.BytesIO()
     input_size = predictor.resize(image).shape[:2]

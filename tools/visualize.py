@@ -17,8 +17,9 @@ from detectron2.utils.visualizer import Visualizer
 
 from carafe_d2.config import load_config
 from carafe_d2.data.build import check_datasets
+from carafe_d2.data.register import dataset_name
 from carafe_d2.errors import UserError, exit_on_user_error
-from carafe_d2.inference import Predictor, contact_sheet, read_image, save_image
+from carafe_d2.inference import Predictor, contact_sheet, named_mistakes, read_image, save_image
 
 
 def titled(image: np.ndarray, title: str) -> np.ndarray:
@@ -55,7 +56,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--output", default="predictions.png", help="the PNG to write")
-    parser.add_argument("--dataset", help="a registered dataset; default: the config's test set")
+    parser.add_argument(
+        "--dataset",
+        help="a registered dataset, or one of your own, NAME=ANNOTATIONS.json:IMAGES/; default: "
+        "the config's test set",
+    )
     parser.add_argument("--images", type=int, default=8, help="how many images of it to draw")
     parser.add_argument("--columns", type=int, default=2, help="pairs side by side")
     parser.add_argument("--width", type=int, default=384, help="width of one picture in pixels")
@@ -71,10 +76,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 @exit_on_user_error()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    with named_mistakes(args.config_file, args.opts):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
     if not (args.dataset or cfg.DATASETS.TEST):
         raise UserError("DATASETS.TEST is empty; name a dataset with --dataset")
-    dataset = args.dataset or cfg.DATASETS.TEST[0]
+    dataset = dataset_name(args.dataset or cfg.DATASETS.TEST[0])
     check_datasets([dataset])
 
     records = DatasetCatalog.get(dataset)[: args.images]

@@ -18,9 +18,10 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.detection_utils import convert_image_to_rgb
 from detectron2.utils.visualizer import Visualizer
 
-from carafe_d2.config import load_config
+from carafe_d2.config import find_config_file, load_config
 from carafe_d2.data.build import build_train_loader, check_datasets
 from carafe_d2.data.checks import check_data
+from carafe_d2.diagnosis import named_mistakes
 from carafe_d2.errors import UserError, exit_on_user_error
 from carafe_d2.inference import contact_sheet, read_image, save_image
 
@@ -37,15 +38,19 @@ def augmented(cfg: CfgNode, metadata: Metadata) -> Iterator[np.ndarray]:
     for batch in build_train_loader(cfg):
         for inputs in batch:
             image = convert_image_to_rgb(inputs["image"].permute(1, 2, 0), cfg.INPUT.FORMAT)
-            fields = inputs["instances"].get_fields()
-            names = metadata.get("thing_classes") or range(10**6)
-            drawn = Visualizer(image, metadata).overlay_instances(
-                labels=[str(names[i]) for i in fields["gt_classes"].tolist()],
-                boxes=fields.get("gt_boxes"),
-                masks=fields.get("gt_masks"),
-                keypoints=fields.get("gt_keypoints"),
-            )
-            yield drawn.get_image()
+            visualizer = Visualizer(image, metadata)
+            if "sem_seg" in inputs:
+                visualizer.draw_sem_seg(inputs["sem_seg"])
+            if "instances" in inputs:
+                fields = inputs["instances"].get_fields()
+                names = metadata.get("thing_classes") or range(10**6)
+                visualizer.overlay_instances(
+                    labels=[str(names[i]) for i in fields["gt_classes"].tolist()],
+                    boxes=fields.get("gt_boxes"),
+                    masks=fields.get("gt_masks"),
+                    keypoints=fields.get("gt_keypoints"),
+                )
+            yield visualizer.output.get_image()
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -65,7 +70,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 @exit_on_user_error()
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    config_file = find_config_file(args.config_file)
+    with named_mistakes(config_file, args.opts, lambda cfg: next(iter(build_train_loader(cfg)))):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, args.opts)
+    if not cfg.DATASETS.TRAIN:
+        raise UserError("DATASETS.TRAIN is empty; it names the dataset that is drawn")
+    cfg.defrost()
+    cfg.DATASETS.TEST = ()  # need not be there yet
     check_datasets(cfg.DATASETS.TRAIN)
     check_data(cfg)
     dataset = cfg.DATASETS.TRAIN[0]

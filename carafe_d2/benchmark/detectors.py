@@ -198,7 +198,8 @@ class Benchmark:
         ]
         configs = {path.stem: load_config(str(path), overrides) for path in map(config_path, names)}
         self._detectors = {name: Detector(cfg, size, layout) for name, cfg in configs.items()}
-        self._clock = Clock(device)
+        # The host's work between launches and synchronizations is part of a detector's time.
+        self._clock = Clock(device, hide_host=False)
 
     def run(self, mode: str, seconds: float) -> Iterator[Result]:
         """Measures all detectors in one of MODES, `seconds` each."""

@@ -1,6 +1,7 @@
 """Data loaders for training that resumes exactly, and for evaluation."""
 
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -29,6 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
 from .checks import check_image
+
+logger = logging.getLogger(__name__)
 
 
 def check_datasets(names: Iterable[str]) -> None:
@@ -107,6 +110,7 @@ class TrainLoader:
         seed: int,
         batch_size: int,
         num_workers: int = 0,
+        keep_seed: bool = False,
     ):
         """
         Args:
@@ -117,8 +121,10 @@ class TrainLoader:
             seed: see above.
             batch_size: images in a batch of this process.
             num_workers: data-loading processes.
+            keep_seed: whether the seed of a checkpoint is not to replace ``seed``.
         """
         self.seed = seed
+        self._keep_seed = keep_seed
         self.start_iter = 0
         self._dataset = _SeededDataset(dataset)
         self._wide = wide
@@ -130,7 +136,10 @@ class TrainLoader:
         return {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        self.seed = state_dict["seed"]
+        if not self._keep_seed:
+            self.seed = state_dict["seed"]
+        elif self.seed != state_dict["seed"]:
+            logger.warning(f"Resuming with SEED changed from {state_dict['seed']} to {self.seed}.")
 
     def _seed_of(self, *key: int) -> int:
         """A seed for one thing in training, independent of those of other keys."""
@@ -172,10 +181,18 @@ class TrainLoader:
 
 
 def _train_loader_from_config(cfg: CfgNode) -> dict:
+    loader = cfg.DATALOADER
+    options = {}  # read only for the sampler that takes them, so that they are known to be idle
+    if loader.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
+        options["repeat_threshold"] = loader.REPEAT_THRESHOLD
+    if loader.SAMPLER_TRAIN == "RandomSubsetTrainingSampler":
+        # Detectron2 0.6 has the sampler, but not the key.
+        options["random_subset_ratio"] = loader.get("RANDOM_SUBSET_RATIO", 1.0)
     return {
+        **options,
         "dataset": get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            filter_empty=loader.FILTER_EMPTY_ANNOTATIONS,
             min_keypoints=(
                 cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
             ),
@@ -183,12 +200,9 @@ def _train_loader_from_config(cfg: CfgNode) -> dict:
         ),
         "mapper": CarafeDatasetMapper(cfg, True),
         "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
-        "sampler": cfg.DATALOADER.SAMPLER_TRAIN,
-        "repeat_threshold": cfg.DATALOADER.REPEAT_THRESHOLD,
-        # Detectron2 0.6 has the sampler, but not the key.
-        "random_subset_ratio": cfg.DATALOADER.get("RANDOM_SUBSET_RATIO", 1.0),
-        "aspect_ratio_grouping": cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-        "num_workers": cfg.DATALOADER.NUM_WORKERS,
+        "sampler": loader.SAMPLER_TRAIN,
+        "aspect_ratio_grouping": loader.ASPECT_RATIO_GROUPING,
+        "num_workers": loader.NUM_WORKERS,
         "seed": cfg.SEED,
     }
 
@@ -260,6 +274,7 @@ def build_train_loader(
         seed=seed if seed >= 0 else comm.shared_random_seed(),
         batch_size=batch_size,
         num_workers=num_workers,
+        keep_seed=seed >= 0,
     )
 
 

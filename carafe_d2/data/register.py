@@ -30,6 +30,11 @@ def register_datasets(descriptions: Iterable[str]) -> list[str]:
     return [_register(description) for description in descriptions]
 
 
+def dataset_name(option: str) -> str:
+    """The name that an option ``--dataset`` gives, or describes for :func:`register_datasets`."""
+    return _register(option) if "=" in option else option
+
+
 def _register(description: str) -> str:
     name, equals, paths = description.partition("=")
     annotations, colon, images = paths.rpartition(":")

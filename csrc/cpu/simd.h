@@ -70,15 +70,12 @@ CARAFE_INLINE void store(float* target, Vector<float> vector) {
   __builtin_memcpy(target, &vector, sizeof(vector));
 }
 
-// A store past the caches, to an address aligned to a vector. `finish_streaming` has to follow before
-// another thread reads.
+// A store past the caches, to an address aligned to a vector, where a vector is a whole cache line:
+// parts of lines would reach the memory one by one. `finish_streaming` has to follow before another
+// thread reads.
 CARAFE_INLINE void stream(float* target, Vector<float> vector) {
 #if CARAFE_VECTOR_BYTES == 64
   _mm512_stream_ps(target, vector);
-#elif CARAFE_VECTOR_BYTES == 32
-  _mm256_stream_ps(target, vector);
-#elif defined(__x86_64__)
-  _mm_stream_ps(target, vector);
 #else
   store(target, vector);
 #endif

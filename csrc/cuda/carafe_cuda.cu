@@ -1,6 +1,5 @@
 // The CUDA backend: launches the kernels on the current device and stream.
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -8,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "carafe.cuh"
+#include "error.h"
 
 // In libtorch_cuda, which a PyTorch without CUDA does not have: the library must load there too.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -20,7 +20,7 @@ using torch::stable::accelerator::getCurrentDeviceIndex;
 
 void check(cudaError_t error) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("carafe_d2: CUDA: ") + cudaGetErrorString(error));
+  throw std::runtime_error("carafe_d2: CUDA: " + error_message(error));
 }
 
 cudaStream_t current_stream() {

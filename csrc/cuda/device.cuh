@@ -149,8 +149,6 @@ __device__ __forceinline__ void multiply_add(const uint32_t (&a)[4], const uint3
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
-__device__ __forceinline__ float logarithm(float x) { return logf(x); }
-__device__ __forceinline__ double logarithm(double x) { return log(x); }
 
 // Where a subpixel is among the scale * scale ones of its location. Divisions by a number that is
 // known at run time take many instructions: the usual scale does without.
@@ -226,12 +224,12 @@ __device__ __forceinline__ void softmax(float (&values)[kTaps]) {
   float largest = values[0];
 #pragma unroll
   for (int t = 1; t < kTaps; ++t) largest = fmaxf(largest, values[t]);
-  // How this is rounded makes no difference: all values have it in common.
-  const float shift = -largest * kLog2E;
   float sum = 0;
 #pragma unroll
   for (int t = 0; t < kTaps; ++t) {
-    values[t] = power_of_two(fmaf(values[t], kLog2E, shift));
+    // The maximum is subtracted first: times kLog2E, what is far from zero would lose digits that
+    // the difference has, or become infinite.
+    values[t] = power_of_two((values[t] - largest) * kLog2E);
     sum += values[t];
   }
   const float factor = reciprocal(sum);

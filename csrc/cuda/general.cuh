@@ -52,9 +52,16 @@ __device__ __forceinline__ int64_t output_offset(const Shape& shape, const Map& 
          (pixel.w * shape.scale + pixel.dx) * map.column_stride;
 }
 
-// log(sum of exp(logit) over the taps): the weight of a tap is exp(logit - this).
+// The softmax of a pixel: the weight of a tap is exp(logit - largest) * factor. Added up to one
+// number, the factor's logarithm would be rounded to what the largest logit leaves of it.
+template <typename A>
+struct alignas(2 * sizeof(A)) Normalizer {
+  A largest, factor;
+};
+
 template <typename A, typename W>
-__device__ __forceinline__ A log_sum_exp(const W* taps, int64_t count, int64_t stride) {
+__device__ __forceinline__ Normalizer<A> normalizer_of(const W* taps, int64_t count,
+                                                       int64_t stride) {
   A largest = to_float(taps[0]);
   for (int64_t t = 1; t < count; ++t) {
     const A value = to_float(taps[t * stride]);
@@ -62,13 +69,15 @@ __device__ __forceinline__ A log_sum_exp(const W* taps, int64_t count, int64_t s
   }
   A sum = 0;
   for (int64_t t = 0; t < count; ++t) sum += exponential(to_float(taps[t * stride]) - largest);
-  return largest + logarithm(sum);
+  return {largest, 1 / sum};
 }
 
+// Without a softmax, `normalizer` is not looked at.
 template <typename A, typename W>
-__device__ __forceinline__ A weight_of(const Weights& weights, const W* tap, A normalizer) {
+__device__ __forceinline__ A weight_of(const Weights& weights, const W* tap,
+                                       const Normalizer<A>& normalizer) {
   const A value = to_float(*tap);
-  return weights.softmax ? exponential(value - normalizer) : value;
+  return weights.softmax ? exponential(value - normalizer.largest) * normalizer.factor : value;
 }
 
 // The channels of one thread: `first`, `first + step`, ... below `count`. In channels last adjacent
@@ -100,8 +109,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     const Channels channels = channels_at(shape, pixels, index);
     const Pixel pixel = pixel_at(shape, channels.item);
     const W* taps = static_cast<const W*>(weights.data) + weights_offset(weights, pixel);
-    const A normalizer =
-        weights.softmax ? log_sum_exp<A>(taps, shape.taps(), weights.tap_stride) : A(0);
+    const Normalizer<A> normalizer = weights.softmax
+                                         ? normalizer_of<A>(taps, shape.taps(), weights.tap_stride)
+                                         : Normalizer<A>{};
     const T* source = static_cast<const T*>(features.data) + pixel.n * features.batch_stride +
                       pixel.g * shape.group_channels() * features.channel_stride;
     A sum[kChannels] = {};
@@ -112,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int64_t x = pixel.w + v - radius;
         if (x < 0 || x >= shape.width) continue;
         const A weight =
-            weight_of<A>(weights, taps + (u * shape.kernel + v) * weights.tap_stride, normalizer);
+            weight_of(weights, taps + (u * shape.kernel + v) * weights.tap_stride, normalizer);
         const T* location = source + y * features.row_stride + x * features.column_stride;
 #pragma unroll
         for (int i = 0; i < kChannels; ++i) {
@@ -134,12 +144,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 // Normalizers of the softmax, one for each group and output pixel, for the two kernels below.
 template <typename A, typename W>
 __global__ void __launch_bounds__(kThreads, 1)
-    normalizer_kernel(Shape shape, Weights weights, A* normalizers) {
+    normalizer_kernel(Shape shape, Weights weights, Normalizer<A>* normalizers) {
   for (int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; index < pixel_count(shape);
        index += int64_t(gridDim.x) * blockDim.x) {
     const W* taps =
         static_cast<const W*>(weights.data) + weights_offset(weights, pixel_at(shape, index));
-    normalizers[index] = log_sum_exp<A>(taps, shape.taps(), weights.tap_stride);
+    normalizers[index] = normalizer_of<A>(taps, shape.taps(), weights.tap_stride);
   }
 }
 
@@ -147,8 +157,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 // thread computes one location of up to kChannels channels.
 template <typename A, typename T, typename W>
 __global__ void __launch_bounds__(kThreads, 1)
-    backward_features_kernel(Shape shape, Map grad_output, Weights weights, const A* normalizers,
-                             Map grad_features) {
+    backward_features_kernel(Shape shape, Map grad_output, Weights weights,
+                             const Normalizer<A>* normalizers, Map grad_features) {
   const int64_t locations = shape.batch * shape.groups * shape.height * shape.width;
   const int64_t threads = locations * channel_blocks(shape), radius = shape.radius();
   for (int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; index < threads;
@@ -169,8 +179,9 @@ __global__ void __launch_bounds__(kThreads, 1)
           const Pixel pixel{n, g, h, w, p / shape.scale, p % shape.scale};
           const W* tap = static_cast<const W*>(weights.data) + weights_offset(weights, pixel) +
                          (u * shape.kernel + v) * weights.tap_stride;
-          const A normalizer = weights.softmax ? normalizers[index_of(shape, pixel)] : A(0);
-          const A weight = weight_of<A>(weights, tap, normalizer);
+          const Normalizer<A> normalizer =
+              weights.softmax ? normalizers[index_of(shape, pixel)] : Normalizer<A>{};
+          const A weight = weight_of(weights, tap, normalizer);
           const T* source =
               static_cast<const T*>(grad_output.data) + output_offset(shape, grad_output, pixel);
 #pragma unroll
@@ -219,13 +230,13 @@ __device__ __forceinline__ A weight_gradient(const Shape& shape, const Map& grad
 template <typename A, typename T, typename W>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_weights_kernel(Shape shape, Map grad_output, Map features, Weights weights,
-                            const A* normalizers, Weights grad_weights) {
+                            const Normalizer<A>* normalizers, Weights grad_weights) {
   for (int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; index < pixel_count(shape);
        index += int64_t(gridDim.x) * blockDim.x) {
     const Pixel pixel = pixel_at(shape, index);
     const W* taps = static_cast<const W*>(weights.data) + weights_offset(weights, pixel);
     W* grad_taps = static_cast<W*>(grad_weights.data) + weights_offset(grad_weights, pixel);
-    const A normalizer = weights.softmax ? normalizers[index] : A(0);
+    const Normalizer<A> normalizer = weights.softmax ? normalizers[index] : Normalizer<A>{};
     A cache[kCachedTaps];
     A sum = 0;
     if (weights.softmax) {
@@ -233,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int u = 0; u < shape.kernel; ++u) {
         for (int v = 0; v < shape.kernel; ++v, ++t) {
           const A gradient = weight_gradient<A, T>(shape, grad_output, features, pixel, u, v);
-          sum += weight_of<A>(weights, taps + t * weights.tap_stride, normalizer) * gradient;
+          sum += weight_of(weights, taps + t * weights.tap_stride, normalizer) * gradient;
           if (t < kCachedTaps) cache[t] = gradient;
         }
       }
@@ -246,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                          : weight_gradient<A, T>(shape, grad_output, features, pixel, u, v);
         if (weights.softmax) {
           gradient =
-              weight_of<A>(weights, taps + t * weights.tap_stride, normalizer) * (gradient - sum);
+              weight_of(weights, taps + t * weights.tap_stride, normalizer) * (gradient - sum);
         }
         from_float(gradient, grad_taps[t * grad_weights.tap_stride]);
       }
@@ -262,12 +273,12 @@ inline dim3 grid(int64_t threads) {
 
 // Normalizers of the softmax, one for each group and output pixel; null without a softmax.
 template <typename Types, typename Launcher>
-typename Types::Accumulation* normalizers(Launcher& launcher, const Shape& shape,
-                                          const Weights& weights) {
+Normalizer<typename Types::Accumulation>* normalizers(Launcher& launcher, const Shape& shape,
+                                                      const Weights& weights) {
   using A = typename Types::Accumulation;
   if (!weights.softmax) return nullptr;
   const int64_t pixels = pixel_count(shape);
-  A* result = static_cast<A*>(launcher.temporary(pixels * sizeof(A)));
+  auto* result = static_cast<Normalizer<A>*>(launcher.temporary(pixels * sizeof(Normalizer<A>)));
   launcher.launch(normalizer_kernel<A, typename Types::Weight>, grid(pixels), kThreads, shape,
                   weights, result);
   return result;
@@ -288,7 +299,7 @@ void backward(Launcher& launcher, const Shape& shape, const Map& grad_output, co
   using A = typename Types::Accumulation;
   using T = typename Types::Feature;
   using W = typename Types::Weight;
-  const A* normalizer = normalizers<Types>(launcher, shape, weights);
+  const Normalizer<A>* normalizer = normalizers<Types>(launcher, shape, weights);
   if (grad_features) {
     const int64_t locations = shape.batch * shape.groups * shape.height * shape.width;
     launcher.launch(backward_features_kernel<A, T, W>, grid(locations * channel_blocks(shape)),

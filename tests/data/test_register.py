@@ -4,7 +4,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from carafe_d2.data import register_shapes
-from carafe_d2.data.register import register_datasets
+from carafe_d2.data.register import dataset_name, register_datasets
 from carafe_d2.errors import UserError
 
 
@@ -38,7 +38,8 @@ def test_metadata_are_there_before_anything_is_loaded(dataset, name):
     assert metadata.keypoint_names == ["left_end", "right_end", "middle"]
     assert metadata.keypoint_flip_map == [("left_end", "right_end")]
     assert DatasetCatalog.get(name) == []
-    assert register_datasets([f"{name}={dataset}"]) == [name]  # once more is no mistake
+    assert dataset_name(f"{name}={dataset}") == name  # once more is no mistake
+    assert dataset_name(name) == name
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -187,37 +186,28 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def datasets(make_shapes):
-    return make_shapes(train=4, val=2)
+def datasets(register_shapes):
+    register_shapes(train=4, val=2)
 
 
 @pytest.fixture
-def run(datasets, tmp_path):
-    """Runs the program; returns its exit code and its output."""
-
-    def run(*arguments, opts=SMALL):
-        process = subprocess.run(
-            [sys.executable, TOOL, "--output", tmp_path / "out", *arguments, *opts],
-            env={**os.environ, "DETECTRON2_DATASETS": str(datasets)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert "Traceback" not in process.stdout
-        return process.returncode, process.stdout
-
-    return run
+def main(datasets, tmp_path, monkeypatch):
+    """The program, in this process, which stays as it is; its folder is tmp_path / "out"."""
+    monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
+    return lambda *arguments: compare.main(["--output", str(tmp_path / "out"), *arguments])
 
 
 @pytest.mark.slow
-def test_comparison_from_start_to_page_and_its_continuation(run, tmp_path):
+def test_comparison_from_start_to_page_and_its_continuation(main, tmp_path, capsys):
     page = tmp_path / "page.md"
     begin = f"<!-- begin: {compare.BLOCK} -->"
     assert begin in (ROOT / "docs" / "compare.md").read_text()
     page.write_text(f"# Before\n{begin}\nold\n<!-- end -->\n# After\n")
     arguments = ["--methods", "nearest,carafe", "--seeds", "1", "--iterations", "5"]
-    code, output = run(*arguments, "--markdown", page)
-    assert code == 0, output
+    command = [sys.executable, TOOL, *arguments, "--output", tmp_path / "out", "--markdown", page]
+    process = subprocess.run([*command, *SMALL], capture_output=True, text=True)
+    output = process.stdout
+    assert process.returncode == 0, process.stderr
     assert "2 runs, 0 of them finished already" in output
 
     report = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -242,28 +232,27 @@ def test_comparison_from_start_to_page_and_its_continuation(run, tmp_path):
     # Finished runs are kept as they are; with other settings their folders are refused.
     weights = tmp_path / "out" / "carafe_seed1" / "model_final.pth"
     written = weights.stat().st_mtime_ns
-    code, output = run(*arguments)
-    assert code == 0, output
-    assert "2 runs, 2 of them finished already" in output
+    main(*arguments, *SMALL)
+    assert "2 runs, 2 of them finished already" in capsys.readouterr().out
     assert weights.stat().st_mtime_ns == written
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     assert again["methods"] == report["methods"]
-    code, output = run("--methods", "carafe", "--seeds", "1", "--iterations", "6")
-    assert code == 1
-    assert re.search(r"^error: .*carafe_seed1 holds a run with other settings", output, re.M)
+    arguments[-1] = "6"
+    with pytest.raises(SystemExit, match=r"^error: .*nearest_seed1 holds a run with other"):
+        main(*arguments, *SMALL)
 
 
 @pytest.mark.slow
-def test_failing_run_is_named_and_the_others_go_on(run, tmp_path):
+def test_failing_run_is_named_and_the_others_go_on(main, tmp_path, capsys):
     arguments = ["--methods", "carafe,nearest", "--seeds", "1", "--iterations", "2"]
     # Only CARAFE looks at this key.
-    code, output = run(*arguments, opts=[*SMALL, "MODEL.CARAFE.UP_GROUP", "5"])
-    assert code == 1
+    with pytest.raises(SystemExit, match=r"^error: 1 of 2 runs failed, for the reasons above$"):
+        main(*arguments, *SMALL, "MODEL.CARAFE.UP_GROUP", "5")
+    output = capsys.readouterr().out
     log = tmp_path / "out" / "carafe_seed1" / "train.log"
     reason = r"MODEL\.CARAFE\.UP_GROUP = 5 must divide the 64"
     assert re.search(rf"^carafe, seed 1: failed: {reason}.*\(log: {log}\)", output, re.M), output
     assert log.is_file()
-    assert output.rstrip().endswith("error: 1 of 2 runs failed, for the reasons above")
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(report["methods"]) == ["nearest"]
 

@@ -1,7 +1,6 @@
 """dev/reproduce.py: the page of results, and the measuring of its rows on the shapes dataset."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -106,15 +105,13 @@ def test_no_ap_is_no_result():
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory):
-    """A folder with a dataset, a folder with one checkpoint, and no more."""
-    folder = tmp_path_factory.mktemp("machine")
-    command = [sys.executable, "-m", "carafe_d2.data.shapes", "--root", folder / "datasets"]
-    subprocess.run([*command, "--train", "1", "--val", "12", "--size", "64"], check=True)
+def machine(register_shapes, tmp_path_factory):
+    """A small dataset, and the folder of the only checkpoint."""
+    register_shapes(train=1, val=12)
+    folder = tmp_path_factory.mktemp("checkpoints")
     torch.manual_seed(0)
     model = build_model(load_config(str(ROOT / CONFIG), ["MODEL.DEVICE", "cpu"]))
-    (folder / "checkpoints").mkdir()
-    torch.save({"model": model.state_dict()}, folder / "checkpoints" / "shapes.pth")
+    torch.save({"model": model.state_dict()}, folder / "shapes.pth")
     return folder
 
 
@@ -138,34 +135,24 @@ def row(name, checkpoint="shapes.pth", config=CONFIG, overrides=(), training_con
 
 
 @pytest.fixture
-def run(machine, tmp_path):
-    """Runs the program on rows; returns its exit code, its output, the rows and the page."""
+def arguments_for(machine, tmp_path):
+    """Writes rows, and a page for them; returns the arguments of the program."""
 
-    def run(rows, *arguments):
-        results, page = tmp_path / "results.json", tmp_path / "results.md"
+    def write(rows):
+        results = tmp_path / "results.json"
         results.write_text(json.dumps({"rows": rows}))
         begin = f"<!-- begin: {reproduce.BLOCK} -->"
-        page.write_text(f"# Before\n{begin}\nold\n<!-- end -->\n# After\n")
-        process = subprocess.run(
-            [
-                *(sys.executable, TOOL, "--results", results, "--output", tmp_path / "output"),
-                *("--checkpoints", machine / "checkpoints", *arguments),
-            ],
-            env={**os.environ, "DETECTRON2_DATASETS": str(machine / "datasets")},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert "Traceback" not in process.stdout
-        rows = json.loads(results.read_text())["rows"]
-        return process.returncode, process.stdout, rows, page.read_text()
+        page = f"# Before\n{begin}\nold\n<!-- end -->\n# After\n"
+        results.with_suffix(".md").write_text(page)
+        paths = {"results": results, "output": tmp_path / "output", "checkpoints": machine}
+        return [f"--{option}={path}" for option, path in paths.items()]
 
-    return run
+    return write
 
 
 @pytest.mark.slow
-def test_rows_that_can_be_measured_are(run):
-    code, output, rows, page = run(
+def test_rows_that_can_be_measured_are(arguments_for, tmp_path):
+    arguments = arguments_for(
         [
             row("measured"),
             row("without_dataset", config="configs/mask_rcnn_R50_FPN_carafe_1x.yaml"),
@@ -173,7 +160,17 @@ def test_rows_that_can_be_measured_are(run):
             row("broken", overrides=["MODEL.CARAFE.UP_GROUP", "5"]),
         ]
     )
-    assert code == 0, output
+    process = subprocess.run(
+        [sys.executable, TOOL, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    output = process.stdout
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    page = (tmp_path / "results.md").read_text()
 
     result = rows[0]["measured"]["published"]
     assert 0 <= result["mask AP"] <= 100
@@ -200,15 +197,16 @@ def test_rows_that_can_be_measured_are(run):
         assert re.search(f"^{name}: {reason}", output, re.MULTILINE), output
 
 
-def test_nothing_to_measure_is_refused(run, tmp_path):
+def test_nothing_to_measure_is_refused(arguments_for, tmp_path, capsys):
     config = tmp_path / "never_trained.yaml"
     config.write_text(f'_BASE_: "{ROOT / CONFIG}"\nOUTPUT_DIR: "{tmp_path / "never_trained"}"\n')
     untrained = row("a", training_config=str(config))
-    code, output, rows, _ = run([untrained], "--weights", "trained")
-    assert code == 1
-    assert re.search(r"^a: not measured: .*model_final.pth does not exist; python", output, re.M)
-    assert output.rstrip().endswith("error: no row could be measured, for the reasons above")
-    assert rows == [untrained]
+    arguments = arguments_for([untrained])
+    with pytest.raises(SystemExit, match=r"^error: no row could be measured, for the reasons"):
+        reproduce.main([*arguments, "--weights", "trained"])
+    reason = r"^a: not measured: .*model_final.pth does not exist; python"
+    assert re.search(reason, capsys.readouterr().out, re.M)
+    assert json.loads((tmp_path / "results.json").read_text()) == {"rows": [untrained]}
 
 
 def test_mistakes_get_one_clear_line(tmp_path):

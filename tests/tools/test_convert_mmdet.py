@@ -124,6 +124,7 @@ def test_layout_1x_to_layout_2x(convert, model):
         (["mmdet.pth", "d2.pth/out.pth"], "cannot write d2.pth/out.pth"),
         (["gn.pth", "out.pth"], r"no place for neck\.lateral_convs\.0\.gn\.weight"),
         (["d2.pth", "out.pth", "--dataset", "absent"], "dataset 'absent' is not registered"),
+        (["d2.pth", "out.pth", "--dataset", "own=no.json:."], "'own': cannot read no.json"),
         (["d2.pth", "out.pth", "--dataset", "shapes_val"], "has 6 classes, the checkpoint 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -1,8 +1,5 @@
 """tools/visualize.py: ground truth and predictions of a small `shapes` dataset side by side."""
 
-import sys
-from pathlib import Path
-
 import cv2
 import numpy as np
 import pytest
@@ -16,9 +13,7 @@ from carafe_d2.config import load_config
 from carafe_d2.data import register_shapes, shapes
 from tools import visualize
 
-ROOT = Path(__file__).parents[2]
-
-CONFIG = str(ROOT / "configs" / "shapes_mask_rcnn_R18_FPN_carafe.yaml")
+CONFIG = "shapes_mask_rcnn_R18_FPN_carafe.yaml"
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools")
 OPTS = ["MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TEST", "64"]
 
@@ -40,11 +35,9 @@ def weights(tmp_path_factory):
 def run(weights, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments, keys=()):
-        opts = [*OPTS, "MODEL.WEIGHTS", weights, *keys]
-        command = ["visualize.py", "--config-file", CONFIG, "--width", "100", *arguments, *opts]
-        monkeypatch.setattr(sys, "argv", command)
-        visualize.main()
+    def run(*options, keys=()):
+        always = ["--config-file", CONFIG, "--width", "100"]
+        visualize.main([*always, *options, *OPTS, "MODEL.WEIGHTS", weights, *keys])
 
     return run
 

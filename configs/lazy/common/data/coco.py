@@ -3,9 +3,9 @@
 import detectron2.data.transforms as T
 from detectron2.config import LazyCall as L
 from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
-from detectron2.evaluation import COCOEvaluator
 
 from carafe_d2.data.build import CarafeDatasetMapper, build_train_loader
+from carafe_d2.evaluation import CarafeCOCOEvaluator
 
 dataloader = dict(
     train=L(build_train_loader)(
@@ -36,7 +36,7 @@ dataloader = dict(
         ),
         num_workers="${..train.num_workers}",
     ),
-    evaluator=L(COCOEvaluator)(
+    evaluator=L(CarafeCOCOEvaluator)(
         dataset_name="${..test.dataset.names}",
         output_dir="${train.output_dir}/inference",
     ),
