@@ -84,16 +84,17 @@ __device__ __forceinline__ void add_from_below(float& sum, float value, int delt
 
 // The rest is for GPUs of compute capability 8.0 and later; kernels that use it run on no other.
 
-// Begins to copy words, which have to be aligned. They are there after wait_for_copies() for the
-// thread itself, and for the others after a barrier.
+// Begins to copy words, which have to be aligned; zeros where they are not wanted, and nothing is
+// read. They are there after wait_for_copies() for the thread itself, for others after a barrier.
 template <int kWords>
 __device__ __forceinline__ void copy_async(const SharedArray<uint32_t>& shared, int index,
-                                           const void* source) {
+                                           const void* source, bool wanted) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
                :
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared.data + index))),
-                 "l"(__cvta_generic_to_global(source)), "n"(kWords * 4)
+                 "l"(__cvta_generic_to_global(source)), "n"(kWords * 4),
+                 "r"(wanted ? kWords * 4 : 0)
                : "memory");
 #endif
 }

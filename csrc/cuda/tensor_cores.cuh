@@ -25,7 +25,8 @@
 // memory.
 //
 // Zero times a NaN or infinity is NaN, and must not get into the results of a neighbor. A warp that
-// found a sum that is not finite makes its sums once more in the end, as they are defined.
+// found a sum that is not finite makes its sums once more in the end, as they are defined. Not those
+// of the weights' gradient: each is of one pixel and one position, and no zero is put in between.
 #pragma once
 
 #include <algorithm>
@@ -103,14 +104,14 @@ struct Tile {
 };
 
 // What a tile and its margin have of a map in shared memory, 16 channels at a time: words of two
-// horizontally adjacent values, the left one in the lower half. What is outside the map is zero. Each
-// kCopiers threads copy some channels, kCopy words at once.
-template <typename T, int kRows, int kPitch, int kCopiers, int kCopy>
+// horizontally adjacent values, the left one in the lower half. What is outside the map is zero.
+// Threads copy kCopy words at once.
+template <typename T, int kWindowRows, int kPitch, int kCopy>
 class Window {
  public:
   // Fragments are loaded from eight channels at once, and of each from four words in a row, or from
   // one word in four rows, if the pitch is 3 modulo 8. These are in different banks.
-  static constexpr int kChannelPitch = (kRows * kPitch + 7) / 8 * 8 + 4;
+  static constexpr int kChannelPitch = (kWindowRows * kPitch + 7) / 8 * 8 + 4;
   static constexpr int kSize = kStep * kChannelPitch;
 
   CARAFE_HOST_DEVICE static int index(int channel, int row, int word) {
@@ -121,50 +122,41 @@ class Window {
   // begins in `first_row` and `first_word`.
   __device__ __forceinline__ Window(const Map& map, const T* source, int rows, int words,
                                     int first_row, int first_word)
-      : channel_(map.channel_stride),
-        next_(source + threadIdx.x / kCopiers * kChannels * channel_) {
+      : channel_(map.channel_stride), next_(source) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      const int position = (threadIdx.x % kCopiers + i * kCopiers) * kCopy;
+      const int position = position_of(i);
       const int row = first_row + position / kPitch, word = first_word + position % kPitch;
-      const bool inside =
-          position < kRows * kPitch && row >= 0 && row < rows && word >= 0 && word < words;
+      const bool inside = row >= 0 && row < rows && word >= 0 && word < words;
       offsets_[i] = inside ? row * static_cast<int>(map.row_stride) + 2 * word : kOutside;
     }
   }
 
-  // Begins to copy the next channels, of which `count` are left, to the buffer at `begin`, which has
-  // zeros outside the map.
+  // Begins to copy the next channels, of which `count` are left and those beyond are zero, to the
+  // buffer at `begin`.
   __device__ __forceinline__ void copy(const SharedArray<uint32_t>& shared, int begin, int count) {
-    const int channel = threadIdx.x / kCopiers * kChannels;
-    begin += index(channel, 0, threadIdx.x % kCopiers * kCopy);
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
+    for (int i = 0; i < kCopies; ++i) {
+      if (position_of(i) >= kWindowRows * kPitch) continue;
+      const bool inside = offsets_[i] != kOutside;
+      const T* source = next_ + (inside ? offsets_[i] : 0);
 #pragma unroll
-      for (int i = 0; i < kCopies; ++i) {
-        if (offsets_[i] == kOutside) continue;
-        const int target = begin + index(c, 0, i * kCopiers * kCopy);
-        if (channel + c < count) {
-          copy_async<kCopy>(shared, target, next_ + offsets_[i]);
-        } else {
-          shared.set(target, Vector<uint32_t, kCopy>());
-        }
+      for (int c = 0; c < kStep; ++c) {
+        copy_async<kCopy>(shared, begin + index(c, 0, position_of(i)), source, inside && c < count);
+        source += channel_;
+        forget_origin(source);
       }
-      next_ += channel_;
-      forget_origin(next_);
     }
-    next_ += (kStep - kChannels) * channel_;
-  }
-
-  // Fills `buffers` of them with zeros.
-  __device__ __forceinline__ static void clear(const SharedArray<uint32_t>& shared, int buffers) {
-    for (int i = threadIdx.x; i < buffers * kSize; i += kThreads) shared.set(i, 0);
+    next_ += kStep * channel_;
   }
 
  private:
-  static constexpr int kChannels = kStep * kCopiers / kThreads;
-  static constexpr int kCopies = (kRows * kPitch / kCopy + kCopiers - 1) / kCopiers;
+  static constexpr int kCopies = (kWindowRows * kPitch / kCopy + kThreads - 1) / kThreads;
   static constexpr int kOutside = INT32_MIN;
+
+  __device__ __forceinline__ static int position_of(int i) {
+    return (threadIdx.x + i * kThreads) * kCopy;
+  }
 
   int64_t channel_;
   const T* next_;
@@ -172,8 +164,7 @@ class Window {
 };
 
 template <typename T, int kWidth>
-class FeatureWindow
-    : public Window<T, kHeight<kWidth> + kKernel - 1, kWidth / 2 + 3, kThreads / 2, 1> {
+class FeatureWindow : public Window<T, kHeight<kWidth> + kKernel - 1, kWidth / 2 + 3, 1> {
  public:
   __device__ __forceinline__ FeatureWindow(const Shape& shape, const Map& features,
                                            const Tile<kWidth>& tile)
@@ -331,8 +322,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     }
   }
   __syncthreads();
-  Window::clear(shared, 2);
-  __syncthreads();
 
   Window window(shape, features, tile);
   const int upper = i / 2, odd = i % 2;  // C's columns of a lane: which row, which neighbor
@@ -438,8 +427,6 @@ __device__ __forceinline__ void backward_weights(const Shape& shape, const Map& 
     return wanted ? __ldg(reinterpret_cast<const uint32_t*>(words)) : 0;
   };
 
-  Window::clear(shared, 2);
-  __syncthreads();
   Window window(shape, features, tile);
   C sums[kRows][kGroups][kKernel] = {};
   int buffer = 0;
@@ -534,7 +521,7 @@ __device__ __forceinline__ void backward_weights(const Shape& shape, const Map& 
 
 template <typename T, int kWidth>
 class GradientWindow
-    : public Window<T, 2 * (kHeight<kWidth> + kKernel - 1), kWidth + kKernel - 1, kThreads / 2, 2> {
+    : public Window<T, 2 * (kHeight<kWidth> + kKernel - 1), kWidth + kKernel - 1, 2> {
  public:
   static constexpr int kColumns = kWidth + kKernel - 1;
 
@@ -664,8 +651,6 @@ __device__ __forceinline__ void backward_features(const Shape& shape, const Map&
       }
     }
   }
-  __syncthreads();
-  Window::clear(shared, 1);
   __syncthreads();
 
   Window window(shape, grad_output, tile);
@@ -832,7 +817,7 @@ bool backward(Launcher& launcher, const Shape& shape, const Map& grad_output, co
       (grad_features && !contiguous::is_suited(shape, {*grad_features}))) {
     return false;
   }
-  const Division division(shape, launcher.multiprocessors(), 6);
+  const Division division(shape, launcher.multiprocessors(), 9);
   contiguous::Turns turns{};
   if (grad_features && shape.channels > 0) {
     turns.strips = static_cast<unsigned>(division.tiles * division.splits);

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <cxxabi.h>
 #include <dlfcn.h>
+#include <functional>
 #include <math.h>
 #include <stdexcept>
 #include <string>
@@ -96,6 +97,9 @@ inline unsigned vote(const char* operation, const Place& place, unsigned mask, b
   return static_cast<unsigned>(ballot);
 }
 
+// What each thread of a block has begun to copy. That happens as late as it may.
+inline std::function<void()> copies[1024];
+
 }  // namespace cuda_emulation
 
 inline void __syncthreads(cuda_emulation::Place place = cuda_emulation::Place::here()) {
@@ -177,13 +181,11 @@ inline void add_from_below(float& sum, float value, unsigned delta, int width) {
   if (threadIdx.x % width >= delta) sum += other;
 }
 
-// Copies happen as late as they may.
-inline std::function<void()> copies_of_block[1024];
-
 template <int kWords>
-void copy_async(const SharedArray<uint32_t>& shared, int index, const void* source) {
-  const auto words = *static_cast<const Vector<uint32_t, kWords>*>(source);
-  auto& copies = copies_of_block[threadIdx.x];
+void copy_async(const SharedArray<uint32_t>& shared, int index, const void* source, bool wanted) {
+  Vector<uint32_t, kWords> words = {};
+  if (wanted) words = *static_cast<const Vector<uint32_t, kWords>*>(source);
+  auto& copies = cuda_emulation::copies[threadIdx.x];
   copies = [=, earlier = std::move(copies)] {
     if (earlier) earlier();
     shared.set(index, words);
@@ -191,7 +193,7 @@ void copy_async(const SharedArray<uint32_t>& shared, int index, const void* sour
 }
 
 inline void wait_for_copies() {
-  if (const auto copies = std::exchange(copies_of_block[threadIdx.x], nullptr)) copies();
+  if (const auto copies = std::exchange(cuda_emulation::copies[threadIdx.x], nullptr)) copies();
 }
 
 template <typename T>
@@ -269,7 +271,10 @@ void emulate(unsigned order, void (*kernel)(Parameters...), dim3 grid, dim3 bloc
   if (volume(block) > 1024) throw std::runtime_error(name + ": a block has at most 1024 threads");
   gridDim = grid;
   blockDim = block;
-  Block(name, order).run([&] { kernel(arguments...); });
+  Block(name, order).run([&] {
+    copies[threadIdx.x] = nullptr;  // which the thread before it did not wait for
+    kernel(arguments...);
+  });
 }
 
 // For C interfaces: null, or what body() throws.
