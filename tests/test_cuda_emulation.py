@@ -448,6 +448,7 @@ def test_masks_beyond_float16(emulation):
 TYPICAL = [
     Case((2, 40, 9, 11), kernel=5, group=2),
     Case((1, 36, 14, 14), kernel=5, dtypes=(F16, F16)),
+    Case((2, 40, 5, 38), kernel=5, group=2, dtypes=(BF16, BF16)),
     Case((1, 20, 6, 37), kernel=3, scale=4, dtypes=(BF16, F32)),
     Case((1, 24, 8, 8), kernel=7),
     Case((2, 12, 5, 5), kernel=3, scale=3),
@@ -535,7 +536,7 @@ def test_a_weight_that_is_not_finite_stays_in_its_window(
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_logits_far_from_zero(emulation, dtypes, general, kernel, channels_last):
     """Only the differences between logits count; what rounding leaves of them, counts in full."""
-    case = Case((1, 16, 2, 3), kernel, 1, 2, dtypes, channels_last, fused=True)
+    case = Case((1, 16, 2, 4), kernel, 1, 2, dtypes, channels_last, fused=True)
     features, logits, grad_output = case.inputs()
     operator = Operator(emulation, general_blocks=2 if general else 0)
     for extreme in extreme_logits(logits):
@@ -544,9 +545,12 @@ def test_logits_far_from_zero(emulation, dtypes, general, kernel, channels_last)
 
 
 @LAYOUTS
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 @pytest.mark.parametrize(("kernel", "scale"), [(3, 2), (5, 2), (9, 2), (3, 1)])
-def test_maps_without_channels_give_weights_no_gradient(emulation, kernel, scale, channels_last):
-    case = Case((1, 0, 3, 4), kernel, scale=scale, channels_last=channels_last)
+def test_maps_without_channels_give_weights_no_gradient(
+    emulation, kernel, scale, dtype, channels_last
+):
+    case = Case((1, 0, 3, 4), kernel, 1, scale, (dtype, dtype), channels_last)
     _, gradient = Operator(emulation).backward(case, *case.inputs(), wanted=(False, True))
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
