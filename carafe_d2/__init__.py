@@ -27,14 +27,25 @@ if TYPE_CHECKING:
     from .replace import replace_upsampling
     from .semantic_seg import CarafeSemSegFPNHead, build_resnet_carafe_semantic_fpn_backbone
     from .upernet import UPerNetHead
-    from .upsample import CARAFE, CARAFENaive, CARAFEPack, PixelShufflePack, build_upsampler
+    from .upsample import (
+        CARAFE,
+        CARAFENaive,
+        CARAFEPack,
+        LazyCARAFEPack,
+        PixelShufflePack,
+        build_upsampler,
+    )
+    from .yolo import BatchNormCARAFE, ProjectedCARAFE
 
 _MODULE_OF = {
+    "BatchNormCARAFE": "yolo",
     "CARAFE": "upsample",
     "CARAFENaive": "upsample",
     "CARAFEPack": "upsample",
     "DECOMPOSITIONS": "ops",
+    "LazyCARAFEPack": "upsample",
     "PixelShufflePack": "upsample",
+    "ProjectedCARAFE": "yolo",
     "build_upsampler": "upsample",
     "carafe": "ops",
     "carafe_naive": "reference",
