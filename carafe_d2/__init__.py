@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .reference import carafe_naive
     from .replace import replace_upsampling
     from .semantic_seg import CarafeSemSegFPNHead, build_resnet_carafe_semantic_fpn_backbone
+    from .upernet import UPerNetHead
     from .upsample import (
         CARAFE,
         CARAFENaive,
@@ -59,6 +60,7 @@ _DETECTRON2_MODULE_OF = {
     "LegacyAnchorGenerator": "legacy",
     "LegacyRCNN": "legacy",
     "MaskRCNNCarafeUpsampleHead": "mask_head",
+    "UPerNetHead": "upernet",
     "add_carafe_config": "config",
     "build_resnet_carafe_fpn_backbone": "fpn",
     "build_resnet_carafe_semantic_fpn_backbone": "semantic_seg",
@@ -77,7 +79,7 @@ def _register_dataset() -> None:
 
 
 def _register_models() -> None:
-    from . import backbones, fpn, legacy, mask_head, semantic_seg
+    from . import backbones, fpn, legacy, mask_head, semantic_seg, upernet
 
 
 when_imported("detectron2.data", _register_dataset)

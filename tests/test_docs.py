@@ -97,7 +97,7 @@ def commands(script: str) -> Iterator[list[str]]:
         command: list[str] = []
         for word in [*lexer, ";"]:
             # An assignment, and what starts the same command elsewhere, are no part of it.
-            if set(word) <= set(";|&<>()"):
+            if word and set(word) <= set(";|&<>()"):
                 if command and command[0] in ("make", "python", "torchrun"):
                     yield command
                 command = []
