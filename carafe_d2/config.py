@@ -15,6 +15,7 @@ from detectron2.config import get_cfg
 
 from .data.register import register_datasets
 from .errors import UserError
+from .upsample import NORMALIZERS
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,10 @@ def add_carafe_config(cfg: CN) -> None:
     # Side and dilation of the convolution that predicts the kernels; the side is odd.
     cfg.MODEL.CARAFE.ENCODER_KERNEL = 3
     cfg.MODEL.CARAFE.ENCODER_DILATION = 1
-    # Channels that the input is compressed to before the kernels are predicted.
+    # Channels that the input is compressed to before the kernels are predicted; 0: not at all.
     cfg.MODEL.CARAFE.COMPRESSED_CHANNELS = 64
+    # What makes weights of the predictions: softmax, sigmoid, normalized_sigmoid, none.
+    cfg.MODEL.CARAFE.NORMALIZER = "softmax"
 
     # How build_*_carafe_fpn_backbone upsamples: carafe, nearest, bilinear, deconv, pixel_shuffle.
     cfg.MODEL.FPN.UPSAMPLE = "carafe"
@@ -43,6 +46,14 @@ def add_carafe_config(cfg: CN) -> None:
     # How CarafeSemSegFPNHead upsamples: carafe, nearest, bilinear (the stock head), deconv,
     # pixel_shuffle.
     cfg.MODEL.SEM_SEG_HEAD.UPSAMPLE = "carafe"
+    # How the parts of UPerNetHead upsample, pyramid pooling, feature pyramid and fusion: carafe,
+    # nearest, bilinear (the stock network), deconv, pixel_shuffle.
+    cfg.MODEL.UPERNET = CN()
+    cfg.MODEL.UPERNET.PPM_UPSAMPLE = "carafe"
+    cfg.MODEL.UPERNET.FPN_UPSAMPLE = "carafe"
+    cfg.MODEL.UPERNET.FUSE_UPSAMPLE = "carafe"
+    # Weight of a loss on what the second coarsest of its maps alone predicts; 0: no such loss.
+    cfg.MODEL.UPERNET.AUX_LOSS_WEIGHT = 0.0
 
     # The network of build_{torchvision,timm}_carafe_fpn_backbone by its name there, and whether to
     # load its ImageNet weights.
@@ -55,6 +66,9 @@ def add_carafe_config(cfg: CN) -> None:
     cfg.MODEL.CHANNELS_LAST = False
     # Of train_net.py: SGD, with the keys of Detectron2, or AdamW.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Of train_net.py: with SOLVER.LR_SCHEDULER_NAME "WarmupPolyLR" the learning rate falls to zero
+    # as this power of the share of iterations that are left.
+    cfg.SOLVER.POLY_LR_POWER = 0.9
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> CN:
@@ -269,9 +283,16 @@ def upsampler_options(cfg: CN, upsample_key: str, choices: Sequence[str], channe
     # One by one, or a config that records what is read of it would not know.
     options = {option: cfg.MODEL.CARAFE[option] for option in cfg.MODEL.CARAFE}
     for option, value in options.items():
-        if value < 1 or (option.endswith("_KERNEL") and value % 2 == 0):
-            wanted = "positive odd" if option.endswith("_KERNEL") else "positive"
-            raise UserError(f"MODEL.CARAFE.{option} must be {wanted}, got {value}")
+        if option == "NORMALIZER":
+            is_right, wanted = value in NORMALIZERS, f"one of {', '.join(NORMALIZERS)}"
+        elif option.endswith("_KERNEL"):
+            is_right, wanted = value > 0 and value % 2 == 1, "positive odd"
+        elif option == "COMPRESSED_CHANNELS":
+            is_right, wanted = value >= 0, "positive, or 0 for no compressor"
+        else:
+            is_right, wanted = value > 0, "positive"
+        if not is_right:
+            raise UserError(f"MODEL.CARAFE.{option} must be {wanted}, got {value!r}")
     up_group = options["UP_GROUP"]
     if channels % up_group:
         raise UserError(

@@ -5,9 +5,12 @@ Nothing here needs Detectron2.
 
 from collections.abc import Callable
 from numbers import Integral
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedParameter
 
 from .ops import carafe, carafe_upsample
 from .reference import carafe_naive
@@ -17,13 +20,46 @@ def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, Integral) or size < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
-        if "kernel" in name and size % 2 == 0:
+        if ("kernel" in name or name.startswith("k_")) and size % 2 == 0:
             raise ValueError(f"{name} must be odd, got {size}")
 
 
-def _zero_bias(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
-    assert conv.bias is not None
-    nn.init.zeros_(conv.bias)
+def xavier_init(
+    module: nn.Module, gain: float = 1, bias: float = 0, distribution: str = "normal"
+) -> None:
+    """Xavier initialization as ``mmcv.ops.carafe.xavier_init``: the weight, and a constant bias.
+
+    Args:
+        module: its ``weight`` and ``bias`` are filled, so far as it has them.
+        gain: factor of the weights' deviation.
+        bias: value of the bias.
+        distribution: "normal" or "uniform".
+
+    Raises:
+        ValueError: the distribution is neither.
+    """
+    fill = {"normal": nn.init.xavier_normal_, "uniform": nn.init.xavier_uniform_}
+    if distribution not in fill:
+        raise ValueError(f"distribution must be normal or uniform, got {distribution!r}")
+    _fill(module, lambda weight: fill[distribution](weight, gain=gain), bias)
+
+
+def normal_init(module: nn.Module, mean: float = 0, std: float = 1, bias: float = 0) -> None:
+    """Normal initialization as ``mmcv.ops.carafe.normal_init``: the weight, and a constant bias.
+
+    Args:
+        module: its ``weight`` and ``bias`` are filled, so far as it has them.
+        mean, std: mean and standard deviation of the weights.
+        bias: value of the bias.
+    """
+    _fill(module, lambda weight: nn.init.normal_(weight, mean, std), bias)
+
+
+def _fill(module: nn.Module, fill_weight: Callable[[Tensor], object], bias: float) -> None:
+    if (weight := getattr(module, "weight", None)) is not None:
+        fill_weight(weight)
+    if (biases := getattr(module, "bias", None)) is not None:
+        nn.init.constant_(biases, bias)
 
 
 class CARAFE(nn.Module):
@@ -63,13 +99,31 @@ class CARAFENaive(CARAFE):
     _operator = staticmethod(carafe_naive)
 
 
+NORMALIZERS = ("softmax", "sigmoid", "normalized_sigmoid", "none")
+
+
+def check_options(normalizer: str, compressed_channels: int, **sizes: int) -> None:
+    """Checks the arguments of :class:`CARAFEPack` that do not depend on the map.
+
+    Raises:
+        ValueError: one is out of its range; the message names it.
+    """
+    _check_sizes(**sizes)
+    if compressed_channels != 0:
+        _check_sizes(compressed_channels=compressed_channels)
+    if normalizer not in NORMALIZERS:
+        names = ", ".join(NORMALIZERS)
+        raise ValueError(f"normalizer must be one of {names}, got {normalizer!r}")
+
+
 class CARAFEPack(nn.Module):
     """The CARAFE upsampler: predicts a kernel for every output pixel and reassembles with it.
 
     Kernel prediction module (paper, section 3.2): a 1x1 convolution compresses the channels, a
     convolution over their neighborhood puts out the kernels of ``scale_factor**2`` output pixels
     for each location, and a softmax makes every kernel sum to one. The content-aware reassembly
-    module (section 3.3) applies them.
+    module (section 3.3) applies them. The other normalizers, and no compressor, are the variants
+    of the paper's ablation study.
 
     Args:
         channels: channels of the input and of the output; a multiple of ``up_group``.
@@ -78,7 +132,11 @@ class CARAFEPack(nn.Module):
         up_group: number of channel groups with kernels of their own.
         encoder_kernel: side of the content encoder's convolution, odd (k_encoder).
         encoder_dilation: dilation of that convolution.
-        compressed_channels: channels between compressor and encoder (C_m).
+        compressed_channels: channels between compressor and encoder (C_m); 0 leaves out the
+            compressor.
+        normalizer: what makes weights of the encoder's output, one of ``NORMALIZERS``: "softmax",
+            "sigmoid", "normalized_sigmoid" (the sigmoids of a kernel, divided by their sum) or
+            "none". Only with the first and the third does a kernel sum to one.
 
     Shapes:
         (N, channels, H, W) gives (N, channels, scale_factor * H, scale_factor * W).
@@ -96,16 +154,17 @@ class CARAFEPack(nn.Module):
         encoder_kernel: int = 3,
         encoder_dilation: int = 1,
         compressed_channels: int = 64,
+        normalizer: str = "softmax",
     ):
         super().__init__()
-        _check_sizes(
-            channels=channels,
-            scale_factor=scale_factor,
+        _check_sizes(channels=channels, scale_factor=scale_factor)
+        check_options(
+            normalizer,
+            compressed_channels,
             up_kernel=up_kernel,
             up_group=up_group,
             encoder_kernel=encoder_kernel,
             encoder_dilation=encoder_dilation,
-            compressed_channels=compressed_channels,
         )
         if channels % up_group:
             raise ValueError(f"up_group must divide channels = {channels}, got {up_group}")
@@ -116,10 +175,13 @@ class CARAFEPack(nn.Module):
         self.encoder_kernel = encoder_kernel
         self.encoder_dilation = encoder_dilation
         self.compressed_channels = compressed_channels
+        self.normalizer = normalizer
 
-        self.channel_compressor = nn.Conv2d(channels, compressed_channels, kernel_size=1)
+        self.channel_compressor: nn.Module = nn.Identity()
+        if compressed_channels:
+            self.channel_compressor = nn.Conv2d(channels, compressed_channels, kernel_size=1)
         self.content_encoder = nn.Conv2d(
-            compressed_channels,
+            compressed_channels or channels,
             up_group * up_kernel**2 * scale_factor**2,
             kernel_size=encoder_kernel,
             padding=encoder_dilation * (encoder_kernel - 1) // 2,
@@ -129,14 +191,86 @@ class CARAFEPack(nn.Module):
 
     def init_weights(self) -> None:
         """Initializes as published: the tiny encoder makes all kernels start as a plain mean."""
-        nn.init.xavier_uniform_(self.channel_compressor.weight)
-        nn.init.normal_(self.content_encoder.weight, std=0.001)
-        _zero_bias(self.channel_compressor)
-        _zero_bias(self.content_encoder)
+        xavier_init(self.channel_compressor, distribution="uniform")
+        normal_init(self.content_encoder, std=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel_logits = self.content_encoder(self.channel_compressor(x))
-        return carafe_upsample(x, kernel_logits, self.up_kernel, self.up_group, self.scale_factor)
+        logits = self.content_encoder(self.channel_compressor(x))
+        sizes = self.up_kernel, self.up_group, self.scale_factor
+        if self.normalizer in ("sigmoid", "none"):
+            masks = _pixel_shuffle(logits, self.scale_factor)
+            return carafe(x, masks.sigmoid() if self.normalizer == "sigmoid" else masks, *sizes)
+        if self.normalizer == "normalized_sigmoid":
+            logits = F.logsigmoid(logits)  # the softmax of these is what is asked for
+        return carafe_upsample(x, logits, *sizes)
+
+
+def _pixel_shuffle(x: Tensor, scale: int) -> Tensor:
+    """``F.pixel_shuffle``, whose gradient fails for empty batches."""
+    x = x.unflatten(1, (-1, scale, scale)).permute(0, 1, 4, 2, 5, 3)
+    return x.flatten(4, 5).flatten(2, 3)
+
+
+class _UncountedParameter(UninitializedParameter):
+    """One that libraries can count before its size is known, as Ultralytics does: as nothing."""
+
+    def numel(self) -> int:
+        return 0
+
+
+class LazyCARAFEPack(LazyModuleMixin, CARAFEPack):  # type: ignore[misc]
+    """A :class:`CARAFEPack` that takes ``channels`` from its first input.
+
+    A lazy module as PyTorch has them, e.g. :class:`torch.nn.LazyConv2d`: until the first forward,
+    or until a state dict is loaded, the compressor's parameters are uninitialized. The first
+    forward makes it a :class:`CARAFEPack`.
+
+    Args:
+        scale_factor, up_kernel, up_group, encoder_kernel, encoder_dilation, compressed_channels,
+            normalizer: as in :class:`CARAFEPack`, but there has to be a compressor.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+        RuntimeError: of the first forward, where ``up_group`` does not divide the channels.
+    """
+
+    cls_to_become = CARAFEPack  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        scale_factor: int = 2,
+        up_kernel: int = 5,
+        up_group: int = 1,
+        encoder_kernel: int = 3,
+        encoder_dilation: int = 1,
+        compressed_channels: int = 64,
+        normalizer: str = "softmax",
+    ):
+        _check_sizes(up_group=up_group, compressed_channels=compressed_channels)
+        super().__init__(
+            channels=up_group,  # any that fits
+            scale_factor=scale_factor,
+            up_kernel=up_kernel,
+            up_group=up_group,
+            encoder_kernel=encoder_kernel,
+            encoder_dilation=encoder_dilation,
+            compressed_channels=compressed_channels,
+            normalizer=normalizer,
+        )
+        self.channels = 0  # as in_channels of PyTorch's lazy convolutions
+        self.channel_compressor = nn.LazyConv2d(compressed_channels, kernel_size=1)
+        self.channel_compressor.weight = _UncountedParameter()
+        self.channel_compressor.bias = _UncountedParameter()
+
+    def initialize_parameters(self, x: Tensor) -> None:  # type: ignore[override]
+        """Called before the first forward, with its input."""
+        compressor = self.channel_compressor
+        assert isinstance(compressor, nn.Conv2d)
+        # With a state dict loaded before, it is initialized, and lazy all the same.
+        if isinstance(compressor, nn.LazyConv2d) and compressor.has_uninitialized_params():
+            compressor.initialize_parameters(x)
+            xavier_init(compressor, distribution="uniform")
+        self.channels = compressor.in_channels = compressor.weight.shape[1]
 
 
 class PixelShufflePack(nn.Module):
@@ -161,8 +295,7 @@ class PixelShufflePack(nn.Module):
         self.upsample_conv = nn.Conv2d(
             channels, channels * scale_factor**2, kernel_size, padding=(kernel_size - 1) // 2
         )
-        nn.init.xavier_uniform_(self.upsample_conv.weight)
-        _zero_bias(self.upsample_conv)
+        xavier_init(self.upsample_conv, distribution="uniform")
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pixel_shuffle(self.upsample_conv(x), self.scale_factor)
@@ -182,8 +315,7 @@ def _deconv(channels: int, scale_factor: int, kernel_size: int = 3) -> nn.ConvTr
         padding=padding,
         output_padding=output_padding,
     )
-    nn.init.xavier_uniform_(deconv.weight)
-    _zero_bias(deconv)
+    xavier_init(deconv, distribution="uniform")
     return deconv
 
 
@@ -198,7 +330,7 @@ UPSAMPLERS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build_upsampler(name: str, channels: int, scale_factor: int = 2, **options: int) -> nn.Module:
+def build_upsampler(name: str, channels: int, scale_factor: int = 2, **options: Any) -> nn.Module:
     """Builds an upsampler that keeps the number of channels.
 
     Args:

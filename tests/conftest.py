@@ -127,6 +127,16 @@ def sanitizer_runtimes():
     return find
 
 
+@pytest.fixture(scope="session")
+def ultralytics(tmp_path_factory):
+    """The package, which fetches nothing and keeps its settings out of the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("YOLO_CONFIG_DIR", str(tmp_path_factory.mktemp("ultralytics")))
+        patch.setenv("YOLO_OFFLINE", "true")
+        patch.setenv("YOLO_AUTOINSTALL", "false")
+        yield pytest.importorskip("ultralytics")
+
+
 def _through_pickle(module):
     return pickle.loads(pickle.dumps(module))
 

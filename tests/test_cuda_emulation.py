@@ -74,6 +74,7 @@ Device = struct(
     ("order", ctypes.c_uint),
     ("multiprocessors", ctypes.c_int),
     ("general_blocks", ctypes.c_uint),
+    ("tensor_cores", ctypes.c_bool),
 )
 
 
@@ -250,9 +251,10 @@ class Operator:
         order: int = FORWARD,
         multiprocessors: int = 2,
         general_blocks: int = 0,
+        tensor_cores: bool = True,
     ):
         self.library = library
-        self.device = Device(order, multiprocessors, general_blocks)
+        self.device = Device(order, multiprocessors, general_blocks, tensor_cores)
 
     def forward(self, case: Case, features, weights, grad_output) -> Tensor:
         out = poisoned(arranged(grad_output, "dense", case.channels_last))
@@ -442,6 +444,59 @@ def test_gradients_of_contiguous_maps_are_one_launch(emulation, wanted, fused):
     Operator(emulation).backward(case, *case.inputs(), wanted=wanted)
     (kernel,) = launched(emulation)
     assert kernel.startswith("contiguous::backward_kernel<5")
+    case = replace(case, shape=(2, 20, 5, 8), dtypes=(F16, F16))
+    Operator(emulation).backward(case, *case.inputs(), wanted=wanted)
+    (kernel,) = launched(emulation)
+    assert kernel.startswith("tensor_cores::backward_kernel<Half")
+
+
+TENSOR_CORE_CASES = [
+    Case((1, 1, 1, 2)),
+    Case((2, 40, 9, 12), group=2),
+    Case((1, 70, 5, 38)),
+    Case((1, 16, 13, 14), memory="unaligned"),
+    Case((2, 36, 4, 66), memory="cropped"),
+    Case((3, 8, 7, 8), memory="expanded"),
+]
+
+
+@OPERATORS
+@pytest.mark.parametrize("dtypes", [pair for pair in DTYPES if pair[0] in (F16, BF16)], ids=str)
+@pytest.mark.parametrize("case", TENSOR_CORE_CASES, ids=lambda case: str(case.shape))
+def test_half_types_with_tensor_cores_and_without(emulation, case, dtypes, fused):
+    case = replace(case, dtypes=dtypes, fused=fused)
+    for multiprocessors in (1, 132):
+        check(emulation, case, multiprocessors)
+        check(emulation, case, multiprocessors, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (Case(dtypes=(F16, F16)), "tensor_cores"),
+        (Case(dtypes=(BF16, F32)), "tensor_cores"),
+        (Case(dtypes=(F16, F32), fused=True), "tensor_cores"),
+        (Case(dtypes=(F16, F32)), "contiguous"),  # whose masks may be too large for float16
+        (Case(dtypes=(F32, F32)), "contiguous"),
+        (Case(dtypes=(F16, F16), kernel=3), "contiguous"),
+        (Case(dtypes=(F16, F16), scale=4), "contiguous"),
+        (Case(dtypes=(F16, F16), memory="unaligned"), "contiguous"),
+        (Case(dtypes=(F16, F16), channels_last=True), "channels_last"),
+    ],
+    ids=str,
+)
+def test_where_tensor_cores_are_used(emulation, case, expected):
+    assert kernels_of_case(emulation, replace(case, shape=(2, 20, 5, 8))) == {expected}
+
+
+def test_masks_beyond_float16(emulation):
+    case = Case((1, 16, 4, 8), dtypes=(F16, F32))
+    features, masks, grad_output = case.inputs()
+    inputs = features * 1e-3, masks * 1e5, grad_output * 1e-3
+    expected = case.expected(*inputs)[0]
+    torch.testing.assert_close(
+        Operator(emulation).forward(case, *inputs).double(), expected, rtol=2e-3, atol=1
+    )
 
 
 # ----------------------------------------------------------------------------- promises and limits
@@ -449,6 +504,7 @@ def test_gradients_of_contiguous_maps_are_one_launch(emulation, wanted, fused):
 TYPICAL = [
     Case((2, 40, 9, 11), kernel=5, group=2),
     Case((1, 36, 14, 14), kernel=5, dtypes=(F16, F16)),
+    Case((2, 40, 5, 38), kernel=5, group=2, dtypes=(BF16, BF16)),
     Case((1, 20, 6, 37), kernel=3, scale=4, dtypes=(BF16, F32)),
     Case((1, 24, 8, 8), kernel=7),
     Case((2, 12, 5, 5), kernel=3, scale=3),
@@ -536,7 +592,7 @@ def test_a_weight_that_is_not_finite_stays_in_its_window(
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_logits_far_from_zero(emulation, dtypes, general, kernel, channels_last):
     """Only the differences between logits count; what rounding leaves of them, counts in full."""
-    case = Case((1, 16, 2, 3), kernel, 1, 2, dtypes, channels_last, fused=True)
+    case = Case((1, 16, 2, 4), kernel, 1, 2, dtypes, channels_last, fused=True)
     features, logits, grad_output = case.inputs()
     operator = Operator(emulation, general_blocks=2 if general else 0)
     for extreme in extreme_logits(logits):
@@ -545,9 +601,12 @@ def test_logits_far_from_zero(emulation, dtypes, general, kernel, channels_last)
 
 
 @LAYOUTS
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 @pytest.mark.parametrize(("kernel", "scale"), [(3, 2), (5, 2), (9, 2), (3, 1)])
-def test_maps_without_channels_give_weights_no_gradient(emulation, kernel, scale, channels_last):
-    case = Case((1, 0, 3, 4), kernel, scale=scale, channels_last=channels_last)
+def test_maps_without_channels_give_weights_no_gradient(
+    emulation, kernel, scale, dtype, channels_last
+):
+    case = Case((1, 0, 3, 4), kernel, 1, scale, (dtype, dtype), channels_last)
     _, gradient = Operator(emulation).backward(case, *case.inputs(), wanted=(False, True))
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
@@ -583,11 +642,11 @@ PTX_CASES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["compute_80", "compute_100"])
-def some_ptx(request, folder) -> str:
+@pytest.fixture(scope="module")
+def some_ptx(folder) -> str:
     source = folder / "some_kernels.cu"
     source.write_text(SOME_KERNELS)
-    return compile_to_ptx(source, request.param, folder)
+    return compile_to_ptx(source, "compute_80", folder)
 
 
 @pytest.fixture(scope="module")
@@ -620,7 +679,6 @@ FAULTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("some_ptx", ["compute_80"], indirect=True)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_in_ptx_are_noticed(emulation, some_ptx, fault, folder):
     case, pattern, replacement, report = FAULTS[fault]

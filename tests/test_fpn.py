@@ -138,7 +138,9 @@ def test_config_reaches_the_upsamplers():
     cfg.MODEL.CARAFE.UP_GROUP = 2
     cfg.MODEL.CARAFE.ENCODER_KERNEL = 1
     cfg.MODEL.CARAFE.COMPRESSED_CHANNELS = 8
+    cfg.MODEL.CARAFE.NORMALIZER = "sigmoid"
     pack = build_backbone(cfg).fpn_upsample5
+    assert pack.normalizer == "sigmoid"
     assert pack.content_encoder.weight.shape == (7 * 7 * 2 * 4, 8, 1, 1)
 
 
@@ -160,7 +162,8 @@ def test_retinanet_backbone_has_two_extra_levels():
         ("MODEL.FPN.UPSAMPLE", "lanczos"),
         ("MODEL.CARAFE.UP_KERNEL", 4),
         ("MODEL.CARAFE.ENCODER_KERNEL", -1),
-        ("MODEL.CARAFE.COMPRESSED_CHANNELS", 0),
+        ("MODEL.CARAFE.COMPRESSED_CHANNELS", -1),
+        ("MODEL.CARAFE.NORMALIZER", "tanh"),
         ("MODEL.CARAFE.UP_GROUP", 3),
     ],
 )

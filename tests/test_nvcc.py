@@ -20,7 +20,7 @@ from carafe_d2.collect_env import OLDEST_DRIVERS, build_info
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "operator-cuda"
-ARCHS = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+ARCHS = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]
 SASS_ARCH = "sm_80"  # whose machine code is looked into
 
 setup = runpy.run_path(str(ROOT / "setup.py"))

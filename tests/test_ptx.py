@@ -104,7 +104,6 @@ INSTRUCTIONS = [
     ("s64", "mul.wide.s32", "-3, 1073741824", -3 * 2**30),
     ("u32", "mul.wide.u16", "-1, 2", 2 * 65535),
     ("s32", "mad.lo.s32", "65536, 65536, 5", 5),
-    ("s64", "mad.wide.s32", "-3, 1073741824, -1", -3 * 2**30 - 1),
     ("s32", "div.s32", "-7, 2", -3),
     ("s32", "rem.s32", "-7, 2", -1),
     ("s32", "div.s32", f"{SMALLEST}, -1", SMALLEST),
@@ -121,7 +120,7 @@ INSTRUCTIONS = [
     ("f32", "ex2.approx.ftz.f32", f32(-127), 0),
     ("f32", "rcp.approx.ftz.f32", f32(-4), -0.25),
     ("f32", "rcp.approx.ftz.f32", f32(2**-130), math.inf),
-    ("f64", "rcp.approx.ftz.f64", f64(8), 0.125),
+    ("f64", "rcp.rn.f64", f64(3), 1 / 3),
     ("b32", "shl.b32", "1, 32", 0),
     ("b64", "shl.b64", "1, 32", 2**32),
     ("s32", "shr.s32", "-8, 1", -4),
@@ -129,7 +128,6 @@ INSTRUCTIONS = [
     ("u32", "shr.u32", "-8, 40", 0),
     ("u32", "bfe.u32", "0x12345678, 8, 12", 0x456),
     ("u32", "bfe.u32", "0x12345678, 8, 40", 0x123456),
-    ("b32", "prmt.b32", "0x33221180, 0x77665544, 0x7518", 0x775511FF),
     ("b32", "and.b32", "12, 10", 8),
     ("b32", "or.b32", "12, 10", 14),
     ("b32", "xor.b32", "12, 10", 6),
@@ -142,7 +140,6 @@ INSTRUCTIONS = [
     ("f32", "cvt.sat.f32.f32", NAN, 0),
     ("b16", "cvt.rn.f16.f32", f32(65519), 0x7BFF),
     ("b16", "cvt.rn.bf16.f32", f32(1 + 2**-8), 0x3F80),
-    ("b32", "cvt.rn.f16x2.f32", f"{f32(1)}, {f32(2)}", 0x3C004000),
     ("pred", "setp.lt.s32", "-1, 1", True),
     ("pred", "setp.lt.u32", "-1, 1", False),
     ("pred", "setp.ge.f32", f"{NAN}, {NAN}", False),
@@ -190,52 +187,6 @@ def test_registers_of_parts_and_predicates(launcher, folder):
 
 # ------------------------------------------------------------------------------------------- warps
 
-MATRIX_PRODUCT = """
-    // A, 16 x 16, and B, 16 x 8, to shared memory: 16 and 8 bytes a lane
-    shl.b32 %r2, %r1, 4;
-    cvt.u64.u32 %rd3, %r2;
-    add.s64 %rd3, %rd1, %rd3;
-    mov.u32 %r3, tile;
-    add.s32 %r4, %r3, %r2;
-    cp.async.cg.shared.global [%r4], [%rd3], 16;
-    shl.b32 %r2, %r1, 3;
-    cvt.u64.u32 %rd3, %r2;
-    add.s64 %rd3, %rd1, %rd3;
-    add.s32 %r4, %r3, %r2;
-    cp.async.ca.shared.global [%r4+512], [%rd3+512], 8;
-    cp.async.commit_group;
-    cp.async.wait_group 0;
-    bar.warp.sync -1;
-    // Fragments: row lane % 16, and for A, column 8 in the upper lanes
-    and.b32 %r5, %r1, 15;
-    shr.u32 %r6, %r1, 4;
-    mad.lo.s32 %r7, %r5, 32, %r3;
-    mad.lo.s32 %r7, %r6, 16, %r7;
-    ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r10, %r11, %r12, %r13}, [%r7];
-    mad.lo.s32 %r8, %r5, 16, %r3;
-    ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%r14, %r15}, [%r8+512];
-    mov.f32 %f0, 0f3F800000;
-    mma.sync.aligned.m16n8k16.row.col.f32.TYPE.TYPE.f32 {%f1, %f2, %f3, %f4},
-        {%r10, %r11, %r12, %r13}, {%r14, %r15}, {%f0, %f0, %f0, %f0};
-    // Rows lane / 4 and 8 below
-    shl.b32 %r9, %r1, 3;
-    cvt.u64.u32 %rd4, %r9;
-    add.s64 %rd4, %rd2, %rd4;
-    st.global.v2.f32 [%rd4], {%f1, %f2};
-    st.global.v2.f32 [%rd4+256], {%f3, %f4};
-"""
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_matrix_product_of_a_warp(launcher, dtype, folder):
-    a, b = torch.randn(384, generator=torch.Generator().manual_seed(0)).to(dtype).split([256, 128])
-    body = MATRIX_PRODUCT.replace("TYPE", "f16" if dtype == torch.float16 else "bf16")
-    toy = Toy(launcher, body, folder)
-    expected = 1 + a.view(16, 16).double() @ b.view(16, 8).double()
-    for order in (0, 1, 7):
-        result = toy(torch.cat([a, b]), torch.full((16, 8), torch.nan), order=order)
-        torch.testing.assert_close(result.double(), expected, rtol=1e-6, atol=1e-6)
-
 
 def shuffled(mode: str, lane: int, b: int, c: int) -> int:
     """The lane that is read, or -1 where that is none of the segment: PTX ISA, shfl.sync."""
@@ -245,21 +196,24 @@ def shuffled(mode: str, lane: int, b: int, c: int) -> int:
     return source if (source >= limit if mode == "up" else source <= limit) else -1
 
 
-@pytest.mark.parametrize("mode", ["up", "down", "bfly", "idx"])
-def test_shuffles(launcher, mode, folder):
+def test_shuffles(launcher, folder):
     """The second register says whether the lane is one of the segment."""
-    cases = [(1, 0), (1, 31), (3, 16 << 8 | 31), (3, 16 << 8), (5, 24 << 8 | 31), (17, 31)]
+    cases = [
+        (mode, b, c)
+        for mode in ("up", "down", "bfly", "idx")
+        for b, c in ((1, 0), (1, 31), (3, 16 << 8 | 31), (3, 16 << 8), (5, 24 << 8 | 31), (17, 31))
+    ]
     body = ["mul.wide.u32 %rd3, %r1, 4;", "add.s64 %rd3, %rd3, %rd2;"]
-    for i, (b, c) in enumerate(cases):
+    for i, (mode, b, c) in enumerate(cases):
         body += [
             f"shfl.sync.{mode}.b32 %r2|%p1, %r1, {b}, {c}, -1;",
             "@!%p1 mov.b32 %r2, -1;",
             f"st.global.u32 [%rd3+{128 * i}], %r2;",
         ]
-    result = torch.zeros(len(cases), 32, dtype=torch.int32)
-    Toy(launcher, "\n".join(body), folder)(torch.zeros(1), result)
-    expected = [[shuffled(mode, lane, b, c) for lane in range(32)] for b, c in cases]
-    assert result.tolist() == expected
+    results = torch.zeros(len(cases), 32, dtype=torch.int32)
+    Toy(launcher, "\n".join(body), folder)(torch.zeros(1), results)
+    for (mode, b, c), result in zip(cases, results.tolist(), strict=True):
+        assert result == [shuffled(mode, lane, b, c) for lane in range(32)], (mode, b, c)
 
 
 # -------------------------------------------------------------------------------- what is noticed
@@ -290,23 +244,6 @@ MISTAKES = {
     "shared beyond": ("st.shared.u32 [tile+1024], %r0;", "shared memory[256] is out of range"),
     "unwritten": ("ld.shared.u32 %r2, [tile+4];", "shared memory[1] is read before it was written"),
     "race": ("st.shared.u32 [tile], %r0;", "data race on shared memory[0]: overwrites what thread"),
-    "copy without waiting": (
-        "cp.async.ca.shared.global [tile], [%rd1], 4; bar.sync 0; ld.shared.u32 %r2, [tile];",
-        "shared memory[0] is read before it was written",
-    ),
-    "copy without a barrier": (
-        """
-        setp.ne.u32 %p2, %r1, 3;
-        @%p2 bra $other;
-        cp.async.ca.shared.global [tile], [%rd1], 4;
-        cp.async.commit_group;
-        cp.async.wait_group 0;
-        $other:
-        shfl.sync.idx.b32 %r2|%p2, %r2, 3, 31, -1;
-        ld.shared.u32 %r2, [tile];
-        """,
-        "data race on shared memory[0]: reads what thread (3, 0, 0) wrote",
-    ),
     "not in the mask": (
         "shfl.sync.idx.b32 %r2|%p2, %r2, 3, 31, 1;",
         "shfl.sync at ptx:%d with mask 0x00000001 is called by lane ",

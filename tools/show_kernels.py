@@ -81,14 +81,16 @@ class Upsampling:
         return self.masks[:, :, row, column].mean(dim=0).view(k, k).numpy()
 
 
-def predict_kernels(predictor: Predictor, image: np.ndarray) -> tuple[Instances, list[Upsampling]]:
-    """Runs a detector on an image and keeps the kernels of its feature pyramid.
+def predict_kernels(
+    predictor: Predictor, image: np.ndarray
+) -> tuple[Instances | Tensor, list[Upsampling]]:
+    """Runs a model on an image and keeps the kernels of its feature pyramid.
 
     Args:
         image: RGB, (H, W, 3), uint8.
 
     Returns:
-        What it detects, and the steps of the top-down path from the finest on.
+        What it predicts, and the steps of the top-down path from the finest on.
 
     Raises:
         UserError: the model's backbone is no pyramid that upsamples with CARAFE.
@@ -110,7 +112,7 @@ def predict_kernels(predictor: Predictor, image: np.ndarray) -> tuple[Instances,
     with contextlib.ExitStack() as hooks:
         for pack in packs:
             hooks.enter_context(pack.content_encoder.register_forward_hook(keep))
-        (instances,) = predictor([image])
+        (prediction,) = predictor([image])
 
     steps = []
     for pack, ((fine, _), (coarse, shape)) in zip(packs, itertools.pairwise(levels), strict=True):
@@ -118,7 +120,7 @@ def predict_kernels(predictor: Predictor, image: np.ndarray) -> tuple[Instances,
         shuffled = F.pixel_shuffle(output, pack.scale_factor)
         masks = shuffled.unflatten(0, (pack.up_group, pack.up_kernel**2)).softmax(dim=1)
         steps.append(Upsampling(fine, coarse, pack.scale_factor, shape.stride, masks))
-    return instances, steps
+    return prediction, steps
 
 
 def accumulate(steps: list[Upsampling], row: int, column: int) -> list[np.ndarray]:
@@ -352,10 +354,12 @@ def run(args: argparse.Namespace) -> None:
                 f"--points: {x},{y} is outside of {args.input}, {width} x {height} pixels"
             )
     predictor = Predictor(cfg)
-    instances, steps = predict_kernels(predictor, image)
+    prediction, steps = predict_kernels(predictor, image)
     if not points:
-        points = innermost_points(instances, DEFAULT_POINTS) or [(width // 2, height // 2)]
-        where = "the best detections" if len(instances) else "the middle: nothing is detected"
+        if isinstance(prediction, Instances):
+            points = innermost_points(prediction, DEFAULT_POINTS)
+        where = "the best detections" if points else "the middle: nothing is detected"
+        points = points or [(width // 2, height // 2)]
         print(f"points {' '.join(f'{x},{y}' for x, y in points)}, in {where}")
 
     picture = io.BytesIO()

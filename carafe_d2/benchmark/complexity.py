@@ -102,7 +102,7 @@ def paper_flops(
     """
     kernels = up_group * scale**2 * up_kernel**2
     compress = 2 * (channels + 1) * compressed_channels
-    encode = 2 * (compressed_channels * encoder_kernel**2 + 1) * kernels
+    encode = 2 * ((compressed_channels or channels) * encoder_kernel**2 + 1) * kernels
     reassemble = 2 * scale**2 * up_kernel**2 * channels
     return compress + encode + reassemble
 
@@ -148,7 +148,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         ("--up-group", 1, "channel groups with kernels of their own"),
         ("--encoder-kernel", 3, "side of the convolution that predicts the kernels"),
         ("--encoder-dilation", 1, "its dilation"),
-        ("--compressed-channels", 64, "channels that it sees"),
+        ("--compressed-channels", 64, "channels that it sees, 0: all"),
     ):
         carafe.add_argument(
             option, type=int, nargs="+", default=[default], metavar="N", help=f"{what} ({default})"

@@ -20,6 +20,7 @@ from carafe_d2.errors import UserError
         {"up_kernel": 3, "encoder_kernel": 1},
         {"up_kernel": 7, "encoder_kernel": 5, "compressed_channels": 16},
         {"up_group": 4, "encoder_dilation": 2},
+        {"compressed_channels": 0},
     ],
 )
 def test_the_count_is_the_papers_formula(channels, scale, options):

@@ -25,6 +25,7 @@ struct Device {
   unsigned order;  // of threads, see cuda_emulation::Block
   int multiprocessors;
   unsigned general_blocks;  // not 0: the general kernels only, which loop with so few blocks
+  bool tensor_cores;
 };
 
 std::string launched;  // kernels, a line each
@@ -91,6 +92,7 @@ class EmulatingLauncher {
   }
 
   int multiprocessors() const { return device_.multiprocessors; }
+  bool tensor_cores() const { return device_.tensor_cores; }
 
   // Aligned as CUDA's allocator does; filled with NaN.
   void* temporary(size_t bytes) {

@@ -12,12 +12,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <string>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 #include "../../csrc/half.h"
 #include "block.h"
@@ -123,17 +123,6 @@ T bit_field(T value, uint32_t first, uint32_t count) {
   return right(value, first & 255) & static_cast<T>(left<uint64_t>(1, count & 255) - 1);
 }
 
-// Four of the eight bytes of a and b, chosen by the low four digits of `selector`.
-inline uint32_t permuted(uint32_t a, uint32_t b, uint32_t selector) {
-  const uint64_t bytes = packed(a, b);
-  uint32_t result = 0;
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t digit = selector >> 4 * i & 15, byte = bytes >> 8 * (digit & 7) & 255;
-    result |= (digit < 8 ? byte : byte >> 7 ? 255u : 0u) << 8 * i;  // or its sign
-  }
-  return result;
-}
-
 // volatile and noinline: the compiler does not know that the mode of rounding matters.
 template <typename T>
 __attribute__((noinline)) T fma_rounded_down(T a, T b, T c) {
@@ -148,10 +137,6 @@ __attribute__((noinline)) T fma_rounded_down(T a, T b, T c) {
 template <typename T>
 T flushed(T value) {
   return std::fabs(value) < std::numeric_limits<T>::min() ? std::copysign(T(0), value) : value;
-}
-template <typename T>
-T high_word(T value) {  // of a double, with zeros below
-  return as<T>(as<uint64_t>(value) >> 32 << 32);
 }
 inline float saturated(float value) { return value > 0 ? std::min(value, 1.0f) : 0; }
 
@@ -188,12 +173,9 @@ struct Access {
   }
 
   void check_global(bool writes) const {
-    const std::pair<const uint64_t, Memory>* nearest = nullptr;
-    for (const auto& memory : global_memory) {
-      if (memory.first <= address || nearest == nullptr) nearest = &memory;
-    }
-    if (nearest == nullptr) fail("is out of range: there is no global memory");
-    const auto& [begin, memory] = *nearest;
+    if (global_memory.empty()) fail("is out of range: there is no global memory");
+    const auto next = global_memory.upper_bound(address);
+    const auto& [begin, memory] = *(next == global_memory.begin() ? next : std::prev(next));
     if (address < begin || address + bytes > memory.end) {
       fail("is out of range, at byte " + std::to_string(static_cast<int64_t>(address - begin)) +
            " of " + memory.name + ", which has " + std::to_string(memory.end - begin));
@@ -261,11 +243,9 @@ class Shared {
   template <typename T, int N>
   [[gnu::noinline]] void store(uint32_t address, const std::array<T, N>& values,
                                const Place& place) const {
-    store(&values, {"store to shared memory", address, sizeof(values), place});
-  }
-  void store(const void* values, const Access& access) const {
+    const Access access{"store to shared memory", address, sizeof(values), place};
     memory_->write(index(access), count(access));
-    std::memcpy(memory_->values.get() + access.address, values, access.bytes);
+    std::memcpy(memory_->values.get() + address, &values, sizeof(values));
   }
 
  private:
@@ -279,38 +259,6 @@ class Shared {
   size_t element_;
 };
 
-// cp.async of a thread: copies from global to shared memory that arrive when they are waited for,
-// as late as they may.
-class Copies {
- public:
-  explicit Copies(const Shared& shared) : shared_(shared) {}
-
-  // Of the bytes, so many come from global memory, and the others are zero.
-  void begin(uint64_t to, uint64_t from, uint32_t bytes, uint32_t from_bytes, const Place& place) {
-    const char* kind = "asynchronous copy";
-    Access{kind, from, bytes, place}.check_alignment();
-    if (from_bytes > 0) Access{kind, from, from_bytes, place}.check_global(false);
-    Copy copy = {{}, {kind, to, bytes, place}};
-    std::memcpy(copy.values, reinterpret_cast<const void*>(from), from_bytes);
-    groups_.back().push_back(copy);
-  }
-  void commit() { groups_.emplace_back(); }
-  void wait(uint32_t groups_left) {
-    for (; groups_.size() > groups_left + 1; groups_.erase(groups_.begin())) {
-      for (const Copy& copy : groups_.front()) shared_.store(copy.values, copy.target);
-    }
-  }
-
- private:
-  struct Copy {
-    unsigned char values[16];
-    Access target;
-  };
-
-  const Shared& shared_;
-  std::vector<std::vector<Copy>> groups_{1};  // the last one is not committed yet
-};
-
 // ------------------------------------------------------------------------------ barriers, warps
 
 template <uint32_t barrier>
@@ -318,8 +266,6 @@ void synchronize(const Place& place) {
   static_assert(barrier == 0, "only the barrier of all threads");
   Block::current().synchronize(place);
 }
-
-inline int lane() { return static_cast<int>(Block::current().lane()); }
 
 inline void synchronize_warp(uint32_t mask, const Place& place) {
   Block::current().exchange({"bar.warp.sync", place, mask, 0, 0, true});
@@ -330,75 +276,17 @@ enum class Shuffle { up, down, bfly, idx };  // as PTX has them
 // The value of another lane, and whether that lane is one of the same segment.
 inline std::pair<uint32_t, bool> shuffled(Shuffle mode, uint32_t value, uint32_t b, uint32_t c,
                                           uint32_t mask, const Place& place) {
+  const int lane = static_cast<int>(Block::current().lane());
   const int segment = c >> 8 & 31, delta = b & 31;
-  const int first = lane() & segment, limit = first | (c & 31 & ~segment);
-  const int source = mode == Shuffle::up     ? lane() - delta
-                     : mode == Shuffle::down ? lane() + delta
-                     : mode == Shuffle::bfly ? lane() ^ delta
+  const int first = lane & segment, limit = first | (c & 31 & ~segment);
+  const int source = mode == Shuffle::up     ? lane - delta
+                     : mode == Shuffle::down ? lane + delta
+                     : mode == Shuffle::bfly ? lane ^ delta
                                              : first | (delta & ~segment);
   const bool valid = mode == Shuffle::up ? source >= limit : source <= limit;
   const uint64_t result =
-      Block::current().exchange({"shfl.sync", place, mask, value, valid ? source : lane()});
+      Block::current().exchange({"shfl.sync", place, mask, value, valid ? source : lane});
   return {static_cast<uint32_t>(result), valid};
-}
-
-// What another lane gives, where all lanes of a warp take part.
-template <typename T>
-T of_lane(int source, T value, const char* operation, const Place& place) {
-  return static_cast<T>(Block::current().exchange({operation, place, ~0u, value, source}));
-}
-
-// Lane 8 * i + j has the address of row j of matrix i, which has 8 x 8 values of 16 bits. Lane l
-// gets two adjacent values in row l / 4 of each matrix; of each transposed one, if so wanted.
-template <int N, bool kTransposed>
-auto load_matrices(const Shared& shared, uint64_t address, const Place& place) {
-  std::array<uint32_t, N> result;
-  for (int i = 0; i < N; ++i) {
-    const auto row = [&](int j) {
-      const uint64_t start = of_lane(8 * i + j, address, "ldmatrix", place);
-      Access{"row of a matrix", start, 16, place}.check_alignment();
-      return start;
-    };
-    const int line = lane() / 4, pair = lane() % 4 * 2;
-    if constexpr (kTransposed) {
-      const auto first = shared.load<uint16_t, 1>(row(pair) + 2 * line, place);
-      result[i] = packed(first, shared.load<uint16_t, 1>(row(pair + 1) + 2 * line, place));
-    } else {
-      result[i] = shared.load<uint32_t, 1>(row(line) + 2 * pair, place);
-    }
-  }
-  return result;
-}
-
-// A * B + C for A of 16 x 16, B of 16 x 8 and C of 16 x 8. Lane l has, and gets, two values beside
-// each other in rows l / 4 and l / 4 + 8 of C; A lies likewise, its left half before its right one,
-// and so does the transposed B.
-template <typename T>
-std::array<float, 4> matrix_product(const std::array<uint32_t, 4>& a,
-                                    const std::array<uint32_t, 2>& b, const std::array<float, 4>& c,
-                                    const Place& place) {
-  const auto of = [&](int source, uint32_t low, uint32_t high) {
-    return of_lane(source, packed(low, high), "mma.sync", place);
-  };
-  double sums[4] = {c[0], c[1], c[2], c[3]};
-  for (int i = 0; i < 8; ++i) {  // columns of A in pairs
-    const int from = i % 4, half = i / 4;
-    const uint64_t rows = of(lane() / 4 * 4 + from, a[2 * half], a[2 * half + 1]);
-    for (int j = 0; j < 2; ++j) {
-      const uint64_t column = of((lane() % 4 * 2 + j) * 4 + from, b[0], b[1]);
-      for (int r = 0; r < 2; ++r) {
-        for (int k = 0; k < 2; ++k) {
-          const auto value = [](uint64_t bits, int index) {
-            return convert<float>(as<T>(bits >> 16 * index));
-          };
-          sums[2 * r + j] += value(rows, 2 * r + k) * value(column, 2 * half + k);
-        }
-      }
-    }
-  }
-  std::array<float, 4> result;
-  std::copy(sums, sums + 4, result.begin());
-  return result;
 }
 
 }  // namespace ptx

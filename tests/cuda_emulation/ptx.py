@@ -32,7 +32,7 @@ SPECIAL_REGISTERS = {
 }
 
 # Words of the opcodes below that stand for the types which an instruction takes. Expressions have
-# the type under the name T or U, and integers of twice T's size under W.
+# the type under the name T or U.
 CLASSES = {
     "T": "{T=pred|[bsu](8|16|32|64)|b?f16|f32|f64}",
     "U": "{U=[bsu](8|16|32|64)|b?f16|f32|f64}",
@@ -52,9 +52,7 @@ VALUES = {
     "cvta.to?.(global|shared|local).T": "{a:T}",  # addresses are the same in every space
     "cvt.sat.f32.f32": "saturated({a:f32})",
     "cvt.rn?.U.T": "convert<{U}>({a:T})",
-    "cvt.rn.{U=b?f16}x2.f32": "packed(convert<{U}>({b:f32}), convert<{U}>({a:f32}))",
     "selp.T": "{c:pred} ? {a:T} : {b:T}",
-    "prmt.b32": "permuted({a:b32}, {b:b32}, {c:b32})",
     # Arithmetic
     "add.rn?.N": "{T}({a:T} + {b:T})",
     "sub.rn?.N": "{T}({a:T} - {b:T})",
@@ -63,7 +61,6 @@ VALUES = {
     "mul.hi.I": "{T}(wide({a:T}) * {b:T} >> 8 * sizeof({T}))",
     "mul.wide.I": "wide({a:T}) * {b:T}",
     "mad.lo.I": "{T}({a:T} * {b:T} + {c:T})",
-    "mad.wide.I": "wide({a:T}) * {b:T} + {c:W}",
     "div.I": "divided({a:T}, {b:T})",
     "rem.I": "{T}({a:T} - divided({a:T}, {b:T}) * {b:T})",
     "{f=min|max}.I": "std::{f}({a:T}, {b:T})",
@@ -73,8 +70,8 @@ VALUES = {
     "fma.rn.F": "std::fma({a:T}, {b:T}, {c:T})",
     "fma.rm.F": "fma_rounded_down({a:T}, {b:T}, {c:T})",
     "ex2.approx.ftz.f32": "flushed(std::exp2(flushed({a:f32})))",
+    "rcp.rn.F": "1 / {a:T}",
     "rcp.approx.ftz.f32": "flushed(1 / flushed({a:f32}))",
-    "rcp.approx.ftz.f64": "high_word(flushed(1 / flushed(high_word({a:f64}))))",
     # Bits
     "and.B": "{T}({a:T} & {b:T})",
     "or.B": "{T}({a:T} | {b:T})",
@@ -101,22 +98,12 @@ VALUES = {
     "ld.{space=param|global|local}.nc?.v{n=2|4}?.T": "load_{space}<{T}, {n}>({a:[]}, {at})",
     "shfl.sync.{mode=up|down|bfly|idx}.b32": "shuffled(Shuffle::{mode}, {a:b32}, "
     "{b:b32}, {c:b32}, {d:b32}, {at})",
-    "ldmatrix.sync.aligned.m8n8.x{n=1|2|4}.shared.b16": "load_matrices<{n}, false>("
-    "shared, {a:[]}, {at})",
-    "ldmatrix.sync.aligned.m8n8.x{n=1|2|4}.trans.shared.b16": "load_matrices<{n}, "
-    "true>(shared, {a:[]}, {at})",
-    "mma.sync.aligned.m16n8k16.row.col.f32.{T=b?f16}.{T}.f32": "matrix_product"
-    "<{T}>({a:[b32]}, {b:[b32]}, {c:[f32]}, {at})",
 }
 
 # The others; here a is the first operand.
 EFFECTS = {
     "st.shared.v{n=2|4}?.T": "shared.store<{T}, {n}>({a:[]}, {b:[T]}, {at})",
-    "st.{space=param|global|local}.v{n=2|4}?.T": "store_{space}<{T}, {n}>({a:[]}, {b:[T]}, {at})",
-    "cp.async.c(a|g).shared.global.L2::128B?": "copies.begin({a:[]}, {b:[]}, {c:u32}, "
-    "{last:u32}, {at})",
-    "cp.async.commit_group": "copies.commit()",
-    "cp.async.wait_group": "copies.wait({a:u32})",
+    "st.{space=global|local}.v{n=2|4}?.T": "store_{space}<{T}, {n}>({a:[]}, {b:[T]}, {at})",
     "bar.sync": "synchronize<{a:u32}>({at})",
     "bar.warp.sync": "synchronize_warp({a:b32}, {at})",
     "bra.uni?": "goto {a:label}",
@@ -128,7 +115,6 @@ SOURCE = """#include "ptx.h"
 namespace ptx {{
 extern "C" void kernel([[maybe_unused]] void* const* parameters) {{
   [[maybe_unused]] const Shared shared({shared_bytes}, {element});
-  [[maybe_unused]] Copies copies(shared);
   {statements}
 }}
 }}  // namespace ptx
@@ -263,15 +249,12 @@ class Kernel:
             r"(?:@(!?)(%?\w+)\s+)?([\w.:]+)\s*(.*)", code, re.DOTALL
         ).groups()
         expression, names, has_value = find_instruction(opcode)
-        if re.fullmatch(r"[us]\d+", names.get("T", "")):
-            names = names | {"W": f"{names['T'][0]}{2 * int(names['T'][1:])}"}
         operands = parts_of(rest)
         target = operands.pop(0) if has_value else ""
         operands = [Operand(text, self, names) for text in operands]
         result = expression.format(
             **{name: TYPES.get(word, word) for name, word in names.items()},
             **dict(zip("abcd", operands, strict=False)),
-            last=operands[-1] if operands else None,
             at=f'{{"ptx", {place}}}',
         )
         if has_value:
