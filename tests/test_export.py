@@ -162,6 +162,11 @@ def check_onnx(model, inputs, other_inputs=(), **options) -> None:
     onnx.checker.check_model(file, full_check=True)
     assert {node.domain for node in file.graph.node} == {""}  # the standard operators
     assert not file.functions
+    ranks = [
+        len(v.type.tensor_type.shape.dim)
+        for v in onnx.shape_inference.infer_shapes(file).graph.value_info
+    ]
+    assert max(ranks) <= 5  # as many as some runtimes take
 
     providers = ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(file.SerializeToString(), providers=providers)
