@@ -31,7 +31,7 @@ PATH = re.compile(r"(?:carafe_d2|configs|csrc|dev|docs|tests|tools)/[\w./-]*")
 # Where the command line of a script is read that only passes it on; one is the reader's own.
 PROGRAMS = dict.fromkeys(["train_net.py", "my_train_net.py"], "carafe_d2/train_net.py")
 # What takes seconds, other tests run: of export, configs, replacing. LazyConfigs are no scripts.
-NOT_RUN = re.compile(r"torch\.onnx|build_model|torchvision|^from \.", re.MULTILINE)
+NOT_RUN = re.compile(r"(?:torch|carafe_d2)\.onnx|build_model|torchvision|^from \.", re.MULTILINE)
 PRINTS = re.compile(r"```python\n([^`]*)```\s+prints:?\s+```text\n([^`]*)```")
 
 
