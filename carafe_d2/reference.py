@@ -42,8 +42,9 @@ def carafe_naive(
     check_arguments(features, "masks", masks, kernel_size, group_size, scale_factor)
     n, _, h, w = features.shape
     k, s = kernel_size, scale_factor
-    weights = masks.reshape(n, group_size, k * k, h, s, w, s).permute(0, 1, 2, 4, 6, 3, 5)
-    return _reassemble(features, weights, k)
+    weights = masks.reshape(n * group_size * k * k, h, s, w, s).permute(0, 2, 4, 1, 3)
+    weights = weights.reshape(n * group_size, k * k, s * s, h, w)
+    return _reassemble(features, weights, k, group_size, s)
 
 
 def carafe_upsample_naive(
@@ -72,35 +73,35 @@ def carafe_upsample_naive(
     n, _, h, w = features.shape
     k, s = kernel_size, scale_factor
     logits = kernel_logits.to(_accumulation_dtype(kernel_logits))
-    weights = logits.reshape(n, group_size, k * k, s, s, h, w).softmax(dim=2)
-    return _reassemble(features, weights, k)
+    weights = logits.reshape(n * group_size, k * k, s * s, h, w).softmax(dim=1)
+    return _reassemble(features, weights, k, group_size, s)
 
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _reassemble(features: Tensor, weights: Tensor, k: int) -> Tensor:
+def _reassemble(features: Tensor, weights: Tensor, k: int, group: int, s: int) -> Tensor:
     """The sum of section 3.3, one tap at a time.
+
+    No tensor has more than five dimensions, which is as many as some runtimes of ONNX take.
 
     Args:
         features: (N, C, H, W).
-        weights: (N, group, k*k, s, s, H, W), for each source location those of its s x s output
+        weights: (N*group, k*k, s*s, H, W), for each source location those of its s x s output
             pixels; the order that `torch.nn.functional.pixel_shuffle` undoes.
     """
     n, c, h, w = features.shape
-    group, _, s = weights.shape[1:4]
     padded = F.pad(features.to(_accumulation_dtype(features)), [k // 2] * 4)
     # The channels of a group share its weights, the s x s output pixels their source location.
-    padded = padded.reshape(n, group, c // group, 1, *padded.shape[2:])
-    weights = weights.to(padded.dtype).reshape(n, group, k * k, s * s, h, w)
+    padded = padded.reshape(n * group, c // group, 1, *padded.shape[2:])
     taps = itertools.product(range(k), repeat=2)
     out = sum(
         weight * padded[..., u : u + h, v : v + w]  # the features at (h + u - r, w + v - r)
-        for (u, v), weight in zip(taps, weights.split(1, dim=2), strict=True)
+        for (u, v), weight in zip(taps, weights.to(padded.dtype).split(1, dim=1), strict=True)
     )
     # F.pixel_shuffle, spelled out because its gradient fails for empty batches
-    out = out.reshape(n, c, s, s, h, w).permute(0, 1, 4, 2, 5, 3)
+    out = out.reshape(n * c, s, s, h, w).permute(0, 3, 1, 4, 2)
     return out.reshape(n, c, h * s, w * s).to(features.dtype)
 
 

@@ -30,8 +30,10 @@ FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL
 PATH = re.compile(r"(?:carafe_d2|configs|csrc|dev|docs|tests|tools)/[\w./-]*")
 # Where the command line of a script is read that only passes it on; one is the reader's own.
 PROGRAMS = dict.fromkeys(["train_net.py", "my_train_net.py"], "carafe_d2/train_net.py")
-# What takes seconds, other tests run. LazyConfigs are no scripts.
-NOT_RUN = re.compile(r"torch\.onnx|build_model|torchvision|YOLO|^from \.", re.MULTILINE)
+# What takes seconds, other tests run: of export, configs, replacing. LazyConfigs are no scripts.
+NOT_RUN = re.compile(
+    r"(?:torch|carafe_d2)\.onnx|build_model|torchvision|YOLO|^from \.", re.MULTILINE
+)
 PRINTS = re.compile(r"```python\n([^`]*)```\s+prints:?\s+```text\n([^`]*)```")
 
 

@@ -10,6 +10,8 @@ from detectron2.modeling import build_backbone
 from torch.export import Dim
 
 from carafe_d2 import CARAFE, CARAFEPack, add_carafe_config
+from carafe_d2.errors import UserError
+from carafe_d2.onnx import to_onnx
 from carafe_d2.ops import DECOMPOSITIONS
 
 ANY_SIZE = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}  # batch, height and width
@@ -152,6 +154,15 @@ def test_decompositions_replace_the_operator(model, inputs):
 # ---------------------------------------------------------------------------------------- ONNX
 
 
+def max_rank(file) -> int:
+    """Of all tensors in an ONNX file whose shape can be told, which are most."""
+    import onnx
+
+    known = onnx.shape_inference.infer_shapes(file).graph.value_info
+    assert len(known) > len(file.graph.node) / 2
+    return max(len(value.type.tensor_type.shape.dim) for value in known)
+
+
 def check_onnx(model, inputs, other_inputs=(), **options) -> None:
     """Exports with plain ``torch.onnx.export`` and runs the file in ONNX Runtime."""
     onnx = pytest.importorskip("onnx")
@@ -162,6 +173,7 @@ def check_onnx(model, inputs, other_inputs=(), **options) -> None:
     onnx.checker.check_model(file, full_check=True)
     assert {node.domain for node in file.graph.node} == {""}  # the standard operators
     assert not file.functions
+    assert max_rank(file) <= 5  # as many as some runtimes take
 
     providers = ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(file.SerializeToString(), providers=providers)
@@ -244,3 +256,61 @@ def test_upsampler_in_onnx_by_the_torchscript_exporter(tmp_path):
     session = onnxruntime.InferenceSession(path)
     (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(output), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_functions_for_runtimes_with_a_kernel_of_their_own():
+    """One for every combination of sizes; inlined they are standard operators."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = torch.nn.Sequential(pack(up_kernel=3), pack(up_kernel=3), pack(up_kernel=1, up_group=2))
+    program = torch.export.export(model, (torch.randn(2, 8, 5, 6),), dynamic_shapes=(ANY_SIZE,))
+    file = to_onnx(program)
+    nodes = [node for node in file.graph.node if node.domain == "carafe_d2"]
+    assert [node.op_type for node in nodes] == ["carafe_upsample"] * 3
+    assert {a.name: a.i for a in nodes[2].attribute} == {
+        "kernel_size": 1,
+        "group_size": 2,
+        "scale_factor": 2,
+    }
+    assert len(file.functions) == 2
+    inlined = to_onnx(program, inline=True)
+    assert not inlined.functions
+    assert {node.domain for node in inlined.graph.node} == {""}
+    assert max_rank(inlined) <= 5
+    for each in (file, inlined):
+        session = onnxruntime.InferenceSession(each.SerializeToString())
+        for size in ((1, 8, 7, 9), (3, 8, 1, 2), (0, 8, 4, 3)):
+            x = torch.randn(size)
+            (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+            torch.testing.assert_close(torch.from_numpy(output), model(x), rtol=1e-4, atol=1e-5)
+    onnx.checker.check_model(inlined, full_check=True)
+
+
+@pytest.mark.parametrize(("kernel", "group", "scale"), [(3, 2, 2), (1, 1, 3), (5, 1, 1)])
+def test_onnx_function_of_the_plain_operator(kernel, group, scale):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = CARAFE(kernel, group, scale).eval()
+    inputs = torch.randn(2, 4, 5, 6), torch.randn(2, group * kernel**2, 5 * scale, 6 * scale)
+    session = onnxruntime.InferenceSession(
+        to_onnx(torch.export.export(model, inputs)).SerializeToString()
+    )
+    names = [argument.name for argument in session.get_inputs()]
+    feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+    (output,) = session.run(None, feed)
+    torch.testing.assert_close(torch.from_numpy(output), model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_form_in_onnx_is_named():
+    pytest.importorskip("onnxscript")
+
+    class Bessel(torch.nn.Module):
+        def forward(self, x):
+            return torch.special.bessel_j0(x)
+
+    program = torch.export.export(
+        torch.nn.Sequential(pack(up_kernel=1), Bessel()), (torch.randn(1, 8, 2, 2),)
+    )
+    with pytest.raises(UserError, match=r"^1: prims.bessel_j0 has no form in ONNX$"):
+        to_onnx(program)
