@@ -620,9 +620,11 @@ using namespace carafe_d2;
 void* const kernels[] = {
     reinterpret_cast<void*>(contiguous::forward_kernel<5, float>),
     reinterpret_cast<void*>(contiguous::backward_kernel<5, float>),
-    reinterpret_cast<void*>(channels_last::forward_kernel<3, Half>),
-    reinterpret_cast<void*>(channels_last::backward_features_kernel<3, Half>),
-    reinterpret_cast<void*>(channels_last::backward_weights_kernel<3, Half>),
+    reinterpret_cast<void*>(tensor_cores::forward_kernel<Half, 16>),
+    reinterpret_cast<void*>(tensor_cores::backward_kernel<Half, 16>),
+    reinterpret_cast<void*>(channels_last::forward_kernel<3, float>),
+    reinterpret_cast<void*>(channels_last::backward_features_kernel<3, float>),
+    reinterpret_cast<void*>(channels_last::backward_weights_kernel<3, float>),
     reinterpret_cast<void*>(general::forward_kernel<double, double, double>),
     reinterpret_cast<void*>(general::normalizer_kernel<double, double>),
     reinterpret_cast<void*>(general::backward_features_kernel<double, double, double>),
@@ -630,11 +632,13 @@ void* const kernels[] = {
 };
 """
 HALF_STRIPS = Case((2, 20, 5, 16))  # so narrow that a warp has two of them beside each other
-CHANNELS_LAST = Case((2, 40, 5, 9), kernel=3, dtypes=(F16, F16), channels_last=True)
+TENSOR_CORES = Case((1, 20, 9, 14), dtypes=(F16, F16))
+CHANNELS_LAST = Case((2, 40, 5, 9), kernel=3, channels_last=True)
 PTX_CASES = [
     HALF_STRIPS,
     Case((1, 36, 9, 37), group=2),
     Case((2, 20, 5, 9), memory="unaligned"),
+    TENSOR_CORES,
     CHANNELS_LAST,
     replace(CHANNELS_LAST, shape=(1, 32, 3, 11), scale=4),
     Case((2, 12, 3, 5), scale=3, dtypes=(F64, F64)),
@@ -674,6 +678,7 @@ FAULTS = {
     "no predicate": (HALF_STRIPS, "@p add", "add", "not close"),
     "no segment": (HALF_STRIPS, r"(shfl\S+ x\|p, \S+ \S+) %r\d+", r"\1 31", "not close"),
     "no barrier of warps": (HALF_STRIPS, r"bar\.warp\.sync[^;]*;", "", "race|before it was"),
+    "no wait for copies": (TENSOR_CORES, r"cp\.async\.wait_all;", "", "before it was"),
     "no barrier": (HALF_STRIPS, r"bar\.sync[^;]*;", "", "race|before it was"),
 }
 

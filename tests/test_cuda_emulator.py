@@ -194,6 +194,7 @@ REPORTS = {
     # Shared memory
     "unwritten": r"thread \(9, 0, 0\): tile\[9\] is read before it was written",
     "copies_without_wait": r"tile\[\d+\] is read before it was written",
+    "copies_too_early": r"data race on tile|tile\[\d+\] is read before it was written",
     "copies_without_barrier": r"tile\[\d+\] is read before it was written|data race on tile",
     "left_by_another_block": r"block \(1, 0, 0\), .* tile\[\d+\] is read before it was written",
     "read_after_write": r"data race on tile\[39\]: (reads what thread \(39, 0, 0\) wrote|"

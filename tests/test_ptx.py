@@ -128,6 +128,9 @@ INSTRUCTIONS = [
     ("u32", "shr.u32", "-8, 40", 0),
     ("u32", "bfe.u32", "0x12345678, 8, 12", 0x456),
     ("u32", "bfe.u32", "0x12345678, 8, 40", 0x123456),
+    ("b32", "bfi.b32", "0xFF5, 0x12345678, 8, 4", 0x12345578),
+    ("b32", "bfi.b32", "-1, 0, 28, 40", 0xF0000000),
+    ("b32", "prmt.b32", "0x33221180, 0x77665544, 0x7518", 0x775511FF),
     ("b32", "and.b32", "12, 10", 8),
     ("b32", "or.b32", "12, 10", 14),
     ("b32", "xor.b32", "12, 10", 6),
@@ -140,6 +143,8 @@ INSTRUCTIONS = [
     ("f32", "cvt.sat.f32.f32", NAN, 0),
     ("b16", "cvt.rn.f16.f32", f32(65519), 0x7BFF),
     ("b16", "cvt.rn.bf16.f32", f32(1 + 2**-8), 0x3F80),
+    ("b32", "cvt.rn.f16x2.f32", f"{f32(1)}, {f32(2)}", 0x3C004000),
+    ("b32", "cvt.rn.bf16x2.f32", f"{f32(1 + 2**-8)}, {f32(-2)}", 0x3F80C000),
     ("pred", "setp.lt.s32", "-1, 1", True),
     ("pred", "setp.lt.u32", "-1, 1", False),
     ("pred", "setp.ge.f32", f"{NAN}, {NAN}", False),
@@ -186,6 +191,79 @@ def test_registers_of_parts_and_predicates(launcher, folder):
 
 
 # ------------------------------------------------------------------------------------------- warps
+
+MATRIX_PRODUCT = """
+    // A, 16 x 16 with zeros below so many rows, and columns of B to shared memory
+    shl.b32 %r2, %r1, 4;
+    cvt.u64.u32 %rd3, %r2;
+    add.s64 %rd3, %rd1, %rd3;
+    mov.u32 %r3, tile;
+    add.s32 %r4, %r3, %r2;
+    shr.u32 %r5, %r1, 1;
+    setp.lt.u32 %p1, %r5, %r0;
+    selp.b32 %r5, 16, 0, %p1;
+    cp.async.ca.shared.global [%r4], [%rd3], 16, %r5;
+    shl.b32 %r2, %r1, 3;
+    cvt.u64.u32 %rd3, %r2;
+    add.s64 %rd3, %rd1, %rd3;
+    add.s32 %r4, %r3, %r2;
+    mov.b32 %r5, 8;
+    cp.async.ca.shared.global [%r4+512], [%rd3+512], 8, %r5;
+    cp.async.wait_all;
+    bar.warp.sync -1;
+    // Words lane % 4, and 4 beyond, of rows lane / 4, and 8 below
+    shr.u32 %r6, %r1, 2;
+    and.b32 %r7, %r1, 3;
+    mad.lo.s32 %r8, %r6, 8, %r7;
+    mad.lo.s32 %r8, %r8, 4, %r3;
+    ld.shared.u32 %r10, [%r8];
+    ld.shared.u32 %r11, [%r8+256];
+    ld.shared.u32 %r12, [%r8+16];
+    ld.shared.u32 %r13, [%r8+272];
+    ld.shared.u32 %r14, [%r8+512];
+    ld.shared.u32 %r15, [%r8+528];
+    mov.f32 %f0, 0f3F800000;
+    mma.sync.aligned.m16n8k16.row.col.f32.TYPE.TYPE.f32 {%f1, %f2, %f3, %f4},
+        {%r10, %r11, %r12, %r13}, {%r14, %r15}, {%f0, %f0, %f0, %f0};
+    shl.b32 %r9, %r1, 3;
+    cvt.u64.u32 %rd4, %r9;
+    add.s64 %rd4, %rd2, %rd4;
+    st.global.v2.f32 [%rd4], {%f1, %f2};
+    st.global.v2.f32 [%rd4+256], {%f3, %f4};
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_matrix_product_of_a_warp(launcher, dtype, folder):
+    a, b = torch.randn(384, generator=torch.Generator().manual_seed(0)).to(dtype).split([256, 128])
+    body = MATRIX_PRODUCT.replace("TYPE", "f16" if dtype == torch.float16 else "bf16")
+    toy = Toy(launcher, body, folder)
+    expected = 1 + a.view(16, 16).float() @ b.view(8, 16).float().T
+    expected[11:] = 1
+    for order in (0, 1, 7):
+        result = toy(torch.cat([a, b]), torch.full((16, 8), torch.nan), number=11, order=order)
+        torch.testing.assert_close(result, expected)
+
+
+def test_votes(launcher, folder):
+    """Of all lanes, and of the first four."""
+    body = """
+        setp.eq.u32 %p1, %r1, %r0;
+        vote.sync.any.pred %p2, %p1, -1;
+        selp.u32 %r2, 1, 0, %p2;
+        setp.gt.u32 %p2, %r1, 3;
+        @%p2 bra $end;
+        vote.sync.any.pred %p2, %p1, 15;
+        @%p2 add.u32 %r2, %r2, 2;
+        $end:
+        mul.wide.u32 %rd3, %r1, 4;
+        add.s64 %rd3, %rd3, %rd2;
+        st.global.u32 [%rd3], %r2;
+    """
+    toy = Toy(launcher, body, folder)
+    for lane, of_four, of_all in ((2, 2, 1), (31, 0, 1), (32, 0, 0)):
+        result = toy(torch.zeros(1), torch.full((32,), -1).int(), number=lane)
+        assert result.tolist() == [of_all + of_four] * 4 + [of_all] * 28
 
 
 def shuffled(mode: str, lane: int, b: int, c: int) -> int:
@@ -244,6 +322,30 @@ MISTAKES = {
     "shared beyond": ("st.shared.u32 [tile+1024], %r0;", "shared memory[256] is out of range"),
     "unwritten": ("ld.shared.u32 %r2, [tile+4];", "shared memory[1] is read before it was written"),
     "race": ("st.shared.u32 [tile], %r0;", "data race on shared memory[0]: overwrites what thread"),
+    "copy beyond": (
+        "cp.async.ca.shared.global [tile], [%rd1+-16], 16, 4;",
+        "4-byte asynchronous copy at ptx:%d is out of range, at byte -16 of input",
+    ),
+    "misaligned copy": (
+        "cp.async.ca.shared.global [tile+8], [%rd1], 16, 0;",
+        "16-byte asynchronous copy at ptx:%d is misaligned",
+    ),
+    "copy without waiting": (
+        "cp.async.ca.shared.global [tile], [%rd1], 4, 4; bar.sync 0; ld.shared.u32 %r2, [tile];",
+        "shared memory[0] is read before it was written",
+    ),
+    "copy without a barrier": (
+        """
+        setp.ne.u32 %p2, %r1, 3;
+        @%p2 bra $other;
+        cp.async.ca.shared.global [tile], [%rd1], 4, 4;
+        cp.async.wait_all;
+        $other:
+        shfl.sync.idx.b32 %r2|%p2, %r2, 3, 31, -1;
+        ld.shared.u32 %r2, [tile];
+        """,
+        "data race on shared memory[0]: reads what thread (3, 0, 0) wrote",
+    ),
     "not in the mask": (
         "shfl.sync.idx.b32 %r2|%p2, %r2, 3, 31, 1;",
         "shfl.sync at ptx:%d with mask 0x00000001 is called by lane ",

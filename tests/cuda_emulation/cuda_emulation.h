@@ -16,10 +16,10 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-#include <utility>
 
 #include "../../csrc/half.h"
 #include "block.h"
+#include "operations.h"
 #include "shared_memory.h"
 
 #define CARAFE_D2_EMULATION
@@ -55,12 +55,7 @@ T __ldg(const T* source) {
 
 // The bytes of a (0 to 3) and b (4 to 7) that the lower half-bytes of `selector` name.
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
-  const uint64_t bytes = a | static_cast<uint64_t>(b) << 32;
-  uint32_t result = 0;
-  for (int i = 0; i < 4; ++i) {
-    result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
-  }
-  return result;
+  return cuda_emulation::permuted_bytes(a, b, selector & 0x7777);
 }
 
 // ------------------------------------------------------------------- barriers, shuffles, votes
@@ -92,14 +87,6 @@ T shuffle(const char* operation, const Place& place, unsigned mask, T value, int
   std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
-
-inline unsigned vote(const char* operation, const Place& place, unsigned mask, bool predicate) {
-  const uint64_t ballot = Block::current().exchange({operation, place, mask, predicate, kBallot});
-  return static_cast<unsigned>(ballot);
-}
-
-// What each thread of a block has begun to copy. That happens as late as it may.
-inline std::function<void()> copies[1024];
 
 }  // namespace cuda_emulation
 
@@ -186,16 +173,10 @@ template <int kWords>
 void copy_async(const SharedArray<uint32_t>& shared, int index, const void* source, bool wanted) {
   Vector<uint32_t, kWords> words = {};
   if (wanted) words = *static_cast<const Vector<uint32_t, kWords>*>(source);
-  auto& copies = cuda_emulation::copies[threadIdx.x];
-  copies = [=, earlier = std::move(copies)] {
-    if (earlier) earlier();
-    shared.set(index, words);
-  };
+  shared.set_later(index, words);
 }
 
-inline void wait_for_copies() {
-  if (const auto copies = std::exchange(cuda_emulation::copies[threadIdx.x], nullptr)) copies();
-}
+inline void wait_for_copies() { cuda_emulation::Block::current().wait_for_copies(); }
 
 template <typename T>
 uint32_t to_word(float first, float second) {
@@ -206,27 +187,9 @@ uint32_t to_word(float first, float second) {
 }
 
 template <typename T>
-void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&c)[4]) {
-  static uint32_t words_of_block[1024][6];  // of its threads: a and b
-  const unsigned lane = threadIdx.x % warpSize;
-  const auto words = words_of_block + (threadIdx.x - lane);
-  std::copy_n(a, 4, words[lane]);
-  std::copy_n(b, 2, words[lane] + 4);
-  // All lanes have to take part; and none goes on before the others have read.
-  const cuda_emulation::Wait wait = {"mma", cuda_emulation::Place::here(), ~0u};
-  cuda_emulation::Block::current().exchange(wait);
-  const auto value = [&](unsigned lane, int word, int half) {
-    return to_float(T{static_cast<uint16_t>(words[lane][word] >> 16 * half)});
-  };
-  for (unsigned j = 0; j < 4; ++j) {
-    const unsigned row = lane / 4, column = lane % 4 * 2 + j % 2;
-    for (int t = 0; t < 16; ++t) {
-      const unsigned i = t / 2 % 4;
-      c[j] +=
-          value(row * 4 + i, t / 8 * 2 + j / 2, t % 2) * value(column * 4 + i, t / 8 + 4, t % 2);
-    }
-  }
-  cuda_emulation::Block::current().exchange(wait);
+void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&c)[4],
+                  cuda_emulation::Place place = cuda_emulation::Place::here()) {
+  cuda_emulation::multiply_add<T>(a, b, c, place);
 }
 
 }  // namespace carafe_d2
@@ -282,10 +245,8 @@ void emulate(unsigned order, void (*kernel)(Parameters...), dim3 grid, dim3 bloc
              const Arguments&... arguments) {
   static_assert((std::is_trivially_copyable_v<Parameters> && ...));
   static_assert((sizeof(Parameters) + ... + 0) <= 4096);
-  emulate(order, name_of(reinterpret_cast<void*>(kernel)), grid, block, [&] {
-    copies[threadIdx.x] = nullptr;  // which the thread before it did not wait for
-    kernel(arguments...);
-  });
+  emulate(order, name_of(reinterpret_cast<void*>(kernel)), grid, block,
+          [&] { kernel(arguments...); });
 }
 
 // For C interfaces: null, or what body() throws.

@@ -21,6 +21,7 @@
 
 #include "../../csrc/half.h"
 #include "block.h"
+#include "operations.h"
 #include "shared_memory.h"
 
 namespace ptx {
@@ -121,6 +122,12 @@ template <typename T>
 T bit_field(T value, uint32_t first, uint32_t count) {
   static_assert(std::is_unsigned_v<T>);
   return right(value, first & 255) & static_cast<T>(left<uint64_t>(1, count & 255) - 1);
+}
+
+// `base` with the lowest `count` bits of a value from `first` on.
+inline uint32_t with_bits(uint32_t value, uint32_t base, uint32_t first, uint32_t count) {
+  const auto mask = left(static_cast<uint32_t>(left<uint64_t>(1, count & 255) - 1), first & 255);
+  return (base & ~mask) | (left(value, first & 255) & mask);
 }
 
 // volatile and noinline: the compiler does not know that the mode of rounding matters.
@@ -248,6 +255,22 @@ class Shared {
     std::memcpy(memory_->values.get() + address, &values, sizeof(values));
   }
 
+  // Begins to copy, and reads no more than the first bytes; the others are zero.
+  template <int bytes>
+  [[gnu::noinline]] void copy(uint32_t address, uint64_t source, uint32_t bytes_of_source,
+                              const Place& place) const {
+    const char* kind = "asynchronous copy";
+    Access{kind, source, bytes, place}.check_alignment();
+    std::array<uint32_t, bytes / 4> values = {};
+    if (bytes_of_source > 0) {
+      Access{kind, source, bytes_of_source, place}.check_global(false);
+      std::memcpy(&values, reinterpret_cast<const void*>(source), bytes_of_source);
+    }
+    const Access access{kind, address, bytes, place};
+    memory_->begin_write(index(access), count(access));
+    Block::current().begin_copy([=, *this] { store<uint32_t, bytes / 4>(address, values, place); });
+  }
+
  private:
   int index(const Access& access) const {
     access.check_alignment();
@@ -287,6 +310,13 @@ inline std::pair<uint32_t, bool> shuffled(Shuffle mode, uint32_t value, uint32_t
   const uint64_t result =
       Block::current().exchange({"shfl.sync", place, mask, value, valid ? source : lane});
   return {static_cast<uint32_t>(result), valid};
+}
+
+template <typename T>
+std::array<float, 4> multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                  std::array<float, 4> c, const Place& place) {
+  cuda_emulation::multiply_add<T>(a, b, c.data(), place);
+  return c;
 }
 
 }  // namespace ptx

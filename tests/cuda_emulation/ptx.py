@@ -52,7 +52,9 @@ VALUES = {
     "cvta.to?.(global|shared|local).T": "{a:T}",  # addresses are the same in every space
     "cvt.sat.f32.f32": "saturated({a:f32})",
     "cvt.rn?.U.T": "convert<{U}>({a:T})",
+    "cvt.rn.{U=b?f16}x2.f32": "packed(convert<{U}>({b:f32}), convert<{U}>({a:f32}))",
     "selp.T": "{c:pred} ? {a:T} : {b:T}",
+    "prmt.b32": "cuda_emulation::permuted_bytes({a:b32}, {b:b32}, {c:b32})",
     # Arithmetic
     "add.rn?.N": "{T}({a:T} + {b:T})",
     "sub.rn?.N": "{T}({a:T} - {b:T})",
@@ -81,6 +83,7 @@ VALUES = {
     "shl.T": "left({a:T}, {b:u32})",
     "shr.T": "right({a:T}, {b:u32})",
     "bfe.{T=u32|u64}": "bit_field({a:T}, {b:u32}, {c:u32})",
+    "bfi.b32": "with_bits({a:b32}, {b:b32}, {c:u32}, {d:u32})",
     # Comparisons; a u behind them means: or one of the two is NaN
     "setp.eq.T": "{a:T} == {b:T}",
     "setp.ne.F": "{a:T} < {b:T} || {a:T} > {b:T}",
@@ -98,12 +101,17 @@ VALUES = {
     "ld.{space=param|global|local}.nc?.v{n=2|4}?.T": "load_{space}<{T}, {n}>({a:[]}, {at})",
     "shfl.sync.{mode=up|down|bfly|idx}.b32": "shuffled(Shuffle::{mode}, {a:b32}, "
     "{b:b32}, {c:b32}, {d:b32}, {at})",
+    "vote.sync.any.pred": 'cuda_emulation::vote("vote.sync", {at}, {b:b32}, {a:pred}) != 0',
+    "mma.sync.aligned.m16n8k16.row.col.f32.{T=b?f16}.{T}.f32": "multiply_add<{T}>({a:[b32]}, "
+    "{b:[b32]}, {c:[f32]}, {at})",
 }
 
 # The others; here a is the first operand.
 EFFECTS = {
     "st.shared.v{n=2|4}?.T": "shared.store<{T}, {n}>({a:[]}, {b:[T]}, {at})",
     "st.{space=global|local}.v{n=2|4}?.T": "store_{space}<{T}, {n}>({a:[]}, {b:[T]}, {at})",
+    "cp.async.ca.shared.global": "shared.copy<{c:u32}>({a:[]}, {b:[]}, {d:u32}, {at})",
+    "cp.async.wait_all": "Block::current().wait_for_copies()",
     "bar.sync": "synchronize<{a:u32}>({at})",
     "bar.warp.sync": "synchronize_warp({a:b32}, {at})",
     "bra.uni?": "goto {a:label}",
@@ -276,7 +284,8 @@ class Kernel:
 class Translation:
     """The kernels of a PTX file, each translated and compiled when it is first asked for."""
 
-    FLAGS = ["-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fwrapv", "-w"]
+    # To compile a kernel takes longer than to run it, so it is not optimized.
+    FLAGS = ["-std=c++17", "-O0", "-march=native", "-ffp-contract=off", "-fwrapv", "-w"]
 
     def __init__(self, ptx: str, folder: Path):
         self.folder = folder

@@ -182,6 +182,17 @@ __global__ void copies_without_wait() {
   tile.get(threadIdx.x);
 }
 
+// Others still read what the copies overwrite, which they may do before they are waited for.
+__global__ void copies_too_early() {
+  SHARED_ARRAY(uint32_t, tile, 64);
+  tile.set(threadIdx.x, 1);
+  __syncthreads();
+  tile.get(63 - threadIdx.x);
+  carafe_d2::copy_async<1>(tile, threadIdx.x, nullptr, false);
+  __syncthreads();
+  carafe_d2::wait_for_copies();
+}
+
 // Who waited has only its own copies.
 __global__ void copies_without_barrier() {
   SHARED_ARRAY(uint32_t, tile, 64);
@@ -360,6 +371,7 @@ const char* mistake(const char* name, unsigned order) {
       MISTAKE(odd_width),
       MISTAKE(unwritten),
       MISTAKE(copies_without_wait),
+      MISTAKE(copies_too_early),
       MISTAKE(copies_without_barrier),
       MISTAKE(left_by_another_block),
       MISTAKE(read_after_write),
