@@ -32,7 +32,7 @@ from .module_state import (
     give_each_place_its_own,
     inherit,
 )
-from .upsample import CARAFEPack, _check_sizes, check_options
+from .upsample import CARAFEPack, _check_sizes, check_options, xavier_init
 
 _MODES = ("nearest", "nearest-exact", "bilinear")
 _MIN_CHANNELS = 4
@@ -223,9 +223,7 @@ class CARAFEConvTranspose2d(nn.Module):
         self.project: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.project = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=bias)
-            nn.init.xavier_uniform_(self.project.weight)
-            if self.project.bias is not None:
-                nn.init.zeros_(self.project.bias)
+            xavier_init(self.project, distribution="uniform")
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """

@@ -198,11 +198,29 @@ class CARAFEPack(nn.Module):
         logits = self.content_encoder(self.channel_compressor(x))
         sizes = self.up_kernel, self.up_group, self.scale_factor
         if self.normalizer in ("sigmoid", "none"):
-            masks = _pixel_shuffle(logits, self.scale_factor)
-            return carafe(x, masks.sigmoid() if self.normalizer == "sigmoid" else masks, *sizes)
+            return carafe(x, self.masks(logits), *sizes)
         if self.normalizer == "normalized_sigmoid":
             logits = F.logsigmoid(logits)  # the softmax of these is what is asked for
         return carafe_upsample(x, logits, *sizes)
+
+    def masks(self, logits: Tensor) -> Tensor:
+        """The kernels that an output of ``content_encoder`` stands for.
+
+        Args:
+            logits: (N, up_group * up_kernel**2 * scale_factor**2, H, W).
+
+        Returns:
+            (N, up_group * up_kernel**2, scale_factor * H, scale_factor * W), as
+            :func:`carafe_d2.carafe` takes them.
+        """
+        masks = _pixel_shuffle(logits, self.scale_factor)
+        if self.normalizer == "none":
+            return masks
+        if self.normalizer == "sigmoid":
+            return masks.sigmoid()
+        if self.normalizer == "normalized_sigmoid":
+            masks = F.logsigmoid(masks)
+        return masks.unflatten(1, (self.up_group, self.up_kernel**2)).softmax(2).flatten(1, 2)
 
 
 def _pixel_shuffle(x: Tensor, scale: int) -> Tensor:

@@ -46,11 +46,13 @@ def test_pack_is_compress_encode_shuffle_normalize_reassemble(normalizer, compre
     x = torch.randn(2, 8, 7, 5)
 
     compressed = pack.channel_compressor(x) if compressed_channels else x
-    kernels = F.pixel_shuffle(pack.content_encoder(compressed), 2)
+    logits = pack.content_encoder(compressed)
+    kernels = F.pixel_shuffle(logits, 2)
     kernels = NORMALIZE[normalizer](kernels.view(2, 2, 9, 14, 10))
     neighbors = F.unfold(x, 3, padding=1).view(2, 2, 4, 9, 7, 5)
     neighbors = neighbors.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
     expected = (neighbors * kernels.unsqueeze(2)).sum(dim=3).view(2, 8, 14, 10)
+    torch.testing.assert_close(pack.masks(logits), kernels.flatten(1, 2))
 
     torch.testing.assert_close(pack(x), expected)
 

@@ -33,7 +33,6 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from carafe_d2 import CarafeFPN, CARAFEPack, carafe
 from carafe_d2.config import load_config
@@ -56,8 +55,8 @@ class Upsampling:
         fine, coarse: names of the levels, e.g. "p2" and "p3".
         scale: upsampling ratio.
         stride: side of a cell of the coarse level in pixels of the model's input.
-        masks: (groups, k*k, scale * H, scale * W) for a coarse level of (H, W), float32; sums to
-            one over the k*k taps.
+        masks: (groups, k*k, scale * H, scale * W) for a coarse level of (H, W), float32; with
+            softmax they sum to one over the k*k taps.
     """
 
     fine: str
@@ -116,9 +115,8 @@ def predict_kernels(
 
     steps = []
     for pack, ((fine, _), (coarse, shape)) in zip(packs, itertools.pairwise(levels), strict=True):
-        output = logits[pack.content_encoder][0].float().cpu()
-        shuffled = F.pixel_shuffle(output, pack.scale_factor)
-        masks = shuffled.unflatten(0, (pack.up_group, pack.up_kernel**2)).softmax(dim=1)
+        (masks,) = pack.masks(logits[pack.content_encoder].float().cpu())
+        masks = masks.unflatten(0, (pack.up_group, pack.up_kernel**2))
         steps.append(Upsampling(fine, coarse, pack.scale_factor, shape.stride, masks))
     return prediction, steps
 
