@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -13,8 +14,6 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog, detection
 from detectron2.data.transforms import AugInput, AugmentationList
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
-from detectron2.utils.video_visualizer import VideoVisualizer
-from detectron2.utils.visualizer import VisImage, Visualizer
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -24,6 +23,10 @@ from .config import find_config_file
 from .errors import UserError
 from .files import write_file
 from .model_settings import ModelSettings
+
+if TYPE_CHECKING:  # they import Matplotlib, which not every program needs
+    from detectron2.utils.video_visualizer import VideoVisualizer
+    from detectron2.utils.visualizer import VisImage, Visualizer
 
 
 def split_opts(values: Sequence[str], opts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -145,8 +148,9 @@ class Predictor:
 
 
 def draw_prediction(
-    visualizer: Visualizer | VideoVisualizer, *frame_and_prediction: np.ndarray | Instances | Tensor
-) -> VisImage:
+    visualizer: "Visualizer | VideoVisualizer",
+    *frame_and_prediction: np.ndarray | Instances | Tensor,
+) -> "VisImage":
     """Draws what a :class:`Predictor` gave for an image.
 
     Args:
