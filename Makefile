@@ -97,11 +97,14 @@ $(STAMPS)/torch: | $(PY)
 		2>/dev/null || $(PIP) install opencv-python-headless
 	@mkdir -p $(@D) && touch $@
 
+# Ultralytics is for the tests, and without its requirements: opencv-python would write over the
+# OpenCV that is there.
 $(STAMPS)/extension: $(STAMPS)/torch $(SOURCES)
 	@echo "== carafe_d2 and its compiled operator"
 	@$(PIP) install --quiet 'setuptools>=77'
 	@$(PY) setup.py --quiet build_ext --inplace
 	@$(PIP) install --quiet --no-build-isolation --editable '.[train,test,lint]'
+	@$(PIP) install --quiet --no-deps ultralytics
 	@touch $@
 
 clean:

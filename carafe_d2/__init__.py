@@ -34,16 +34,28 @@ if TYPE_CHECKING:
     from .reference import carafe_downsample_naive, carafe_naive
     from .replace import replace_upsampling
     from .semantic_seg import CarafeSemSegFPNHead, build_resnet_carafe_semantic_fpn_backbone
-    from .upsample import CARAFE, CARAFENaive, CARAFEPack, PixelShufflePack, build_upsampler
+    from .upernet import UPerNetHead
+    from .upsample import (
+        CARAFE,
+        CARAFENaive,
+        CARAFEPack,
+        LazyCARAFEPack,
+        PixelShufflePack,
+        build_upsampler,
+    )
+    from .yolo import BatchNormCARAFE, ProjectedCARAFE
 
 _MODULE_OF = {
+    "BatchNormCARAFE": "yolo",
     "CARAFE": "upsample",
     "CARAFEDownsample": "downsample",
     "CARAFEDownsamplePack": "downsample",
     "CARAFENaive": "upsample",
     "CARAFEPack": "upsample",
     "DECOMPOSITIONS": "ops",
+    "LazyCARAFEPack": "upsample",
     "PixelShufflePack": "upsample",
+    "ProjectedCARAFE": "yolo",
     "build_upsampler": "upsample",
     "carafe": "ops",
     "carafe_downsample": "ops",
@@ -61,6 +73,7 @@ _DETECTRON2_MODULE_OF = {
     "LegacyAnchorGenerator": "legacy",
     "LegacyRCNN": "legacy",
     "MaskRCNNCarafeUpsampleHead": "mask_head",
+    "UPerNetHead": "upernet",
     "add_carafe_config": "config",
     "build_resnet_carafe_fpn_backbone": "fpn",
     "build_resnet_carafe_semantic_fpn_backbone": "semantic_seg",
@@ -79,7 +92,7 @@ def _register_dataset() -> None:
 
 
 def _register_models() -> None:
-    from . import backbones, fpn, legacy, mask_head, semantic_seg
+    from . import backbones, fpn, legacy, mask_head, semantic_seg, upernet
 
 
 when_imported("detectron2.data", _register_dataset)

@@ -46,6 +46,14 @@ def add_carafe_config(cfg: CN) -> None:
     # How CarafeSemSegFPNHead upsamples: carafe, nearest, bilinear (the stock head), deconv,
     # pixel_shuffle.
     cfg.MODEL.SEM_SEG_HEAD.UPSAMPLE = "carafe"
+    # How the parts of UPerNetHead upsample, pyramid pooling, feature pyramid and fusion: carafe,
+    # nearest, bilinear (the stock network), deconv, pixel_shuffle.
+    cfg.MODEL.UPERNET = CN()
+    cfg.MODEL.UPERNET.PPM_UPSAMPLE = "carafe"
+    cfg.MODEL.UPERNET.FPN_UPSAMPLE = "carafe"
+    cfg.MODEL.UPERNET.FUSE_UPSAMPLE = "carafe"
+    # Weight of a loss on what the second coarsest of its maps alone predicts; 0: no such loss.
+    cfg.MODEL.UPERNET.AUX_LOSS_WEIGHT = 0.0
 
     # The network of build_{torchvision,timm}_carafe_fpn_backbone by its name there, and whether to
     # load its ImageNet weights.
@@ -58,6 +66,9 @@ def add_carafe_config(cfg: CN) -> None:
     cfg.MODEL.CHANNELS_LAST = False
     # Of train_net.py: SGD, with the keys of Detectron2, or AdamW.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Of train_net.py: with SOLVER.LR_SCHEDULER_NAME "WarmupPolyLR" the learning rate falls to zero
+    # as this power of the share of iterations that are left.
+    cfg.SOLVER.POLY_LR_POWER = 0.9
 
 
 def load_config(config_file: str, overrides: Sequence[str] = ()) -> CN:

@@ -3,10 +3,10 @@
 Nothing here needs Detectron2.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .ops import carafe_downsample, carafe_downsample_softmax
-from .upsample import CARAFE, check_sizes, init_kernel_prediction
+from .upsample import CARAFE, KernelPrediction, check_options, check_sizes
 
 
 class CARAFEDownsample(CARAFE):
@@ -25,7 +25,7 @@ class CARAFEDownsample(CARAFE):
     _operator = staticmethod(carafe_downsample)
 
 
-class CARAFEDownsamplePack(nn.Module):
+class CARAFEDownsamplePack(KernelPrediction):
     """The CARAFE++ downsampler: predicts a kernel for every output pixel and reassembles with it.
 
     A 1x1 convolution compresses the channels, a convolution with a stride over their neighborhood
@@ -39,7 +39,8 @@ class CARAFEDownsamplePack(nn.Module):
         down_group: number of channel groups with kernels of their own.
         encoder_kernel: side of the content encoder's convolution, odd.
         encoder_dilation: dilation of that convolution.
-        compressed_channels: channels between compressor and encoder.
+        compressed_channels: channels between compressor and encoder; 0 leaves out the compressor.
+        normalizer: what makes weights of the encoder's output, as in :class:`CARAFEPack`.
 
     Shapes:
         (N, channels, H, W) gives (N, channels, ceil(H / scale_factor), ceil(W / scale_factor)), the
@@ -58,41 +59,34 @@ class CARAFEDownsamplePack(nn.Module):
         encoder_kernel: int = 3,
         encoder_dilation: int = 1,
         compressed_channels: int = 16,
+        normalizer: str = "softmax",
     ):
-        super().__init__()
-        check_sizes(
-            channels=channels,
-            scale_factor=scale_factor,
+        check_sizes(channels=channels, scale_factor=scale_factor)
+        check_options(
+            normalizer,
+            compressed_channels,
             down_kernel=down_kernel,
             down_group=down_group,
             encoder_kernel=encoder_kernel,
             encoder_dilation=encoder_dilation,
-            compressed_channels=compressed_channels,
         )
         if channels % down_group:
             raise ValueError(f"down_group must divide channels = {channels}, got {down_group}")
-        self.channels = channels
+        super().__init__(
+            channels,
+            down_kernel,
+            down_group,
+            encoder_kernel,
+            encoder_dilation,
+            compressed_channels,
+            normalizer,
+            stride=scale_factor,
+        )
         self.scale_factor = scale_factor
         self.down_kernel = down_kernel
         self.down_group = down_group
 
-        self.channel_compressor = nn.Conv2d(channels, compressed_channels, kernel_size=1)
-        self.content_encoder = nn.Conv2d(
-            compressed_channels,
-            down_group * down_kernel**2,
-            kernel_size=encoder_kernel,
-            stride=scale_factor,
-            padding=encoder_dilation * (encoder_kernel - 1) // 2,
-            dilation=encoder_dilation,
-        )
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Initializes as CARAFE: the tiny encoder makes all kernels start as a plain mean."""
-        init_kernel_prediction(self.channel_compressor, self.content_encoder)
-
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.content_encoder(self.channel_compressor(x))
-        return carafe_downsample_softmax(
-            x, logits, self.down_kernel, self.down_group, self.scale_factor
-        )
+        fused, kernels = self.predict(x)
+        operator = carafe_downsample_softmax if fused else carafe_downsample
+        return operator(x, kernels, self.down_kernel, self.down_group, self.scale_factor)

@@ -5,10 +5,10 @@ import math
 from detectron2.config import configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone, build_resnet_backbone
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import upsampler_options, with_carafe_config
-from .upsample import UPSAMPLERS, build_upsampler
+from .upsample import UPSAMPLERS, build_upsampler, xavier_init
 
 
 class CarafeFPN(Backbone):
@@ -78,9 +78,7 @@ class CarafeFPN(Backbone):
                 bias=norm == "",
                 norm=get_norm(norm, out_channels),
             )
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+            xavier_init(layer, distribution="uniform")
             return layer
 
         laterals = [conv(shape.channels, kernel_size=1) for shape in shapes]

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ from detectron2.data.transforms import AugInput, AugmentationList
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from . import diagnosis, mmdet
 from .checkpoint import CarafeCheckpointer
@@ -21,6 +23,10 @@ from .config import find_config_file
 from .errors import UserError
 from .files import write_file
 from .model_settings import ModelSettings
+
+if TYPE_CHECKING:  # they import Matplotlib, which not every program needs
+    from detectron2.utils.video_visualizer import VideoVisualizer
+    from detectron2.utils.visualizer import VisImage, Visualizer
 
 
 def split_opts(values: Sequence[str], opts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -55,10 +61,10 @@ def known_dataset(cfg: CfgNode) -> Metadata | None:
 
 
 class Predictor:
-    """A trained detector from images to instances, with the resizing of the evaluation.
+    """A trained model from images to predictions, with the resizing of the evaluation.
 
     Attributes:
-        model: the detector.
+        model: the detector, or the model for semantic segmentation.
         metadata: names and ids of the classes, as in Detectron2's MetadataCatalog.
     """
 
@@ -101,8 +107,8 @@ class Predictor:
         return resized.image
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[np.ndarray]) -> list[Instances]:
-        """Detects objects in a batch of images.
+    def __call__(self, images: Sequence[np.ndarray]) -> list[Instances] | list[Tensor]:
+        """Detects objects in a batch of images, or tells the classes of their pixels.
 
         A batch is padded to its largest image, which changes the others' scores a little.
 
@@ -110,10 +116,12 @@ class Predictor:
             images: RGB, (H, W, 3), uint8; they may differ in size.
 
         Returns:
-            What the model found in each, on the CPU, in the pixels of that image.
+            For each, on the CPU and in the pixels of that image, the instances that the model
+            found; from a model without instances the number of the class of every pixel (H, W).
 
         Raises:
-            UserError: the model puts out no instances, or the memory does not suffice.
+            UserError: the model puts out neither, the classes are not those of the metadata, or the
+                memory does not suffice.
         """
         inputs = []
         for image in images:
@@ -125,9 +133,33 @@ class Predictor:
             outputs = self.model(inputs)
         except torch.OutOfMemoryError as error:
             raise UserError(f"a batch of {len(images)} does not fit into the GPU") from error
-        if "instances" not in outputs[0]:
+        if "instances" in outputs[0]:
+            return [output["instances"].to("cpu") for output in outputs]
+        if "sem_seg" not in outputs[0]:
             raise UserError(f"the model puts out {', '.join(outputs[0])} and no instances")
-        return [output["instances"].to("cpu") for output in outputs]
+        scores = [output["sem_seg"] for output in outputs]
+        names = self.metadata.get("stuff_classes") or ()
+        if len(names) != len(scores[0]):
+            raise UserError(
+                f"the model tells {len(scores[0])} classes of pixels apart and the dataset has "
+                f"{len(names)}; set DATASETS.TEST to a dataset with the model's classes"
+            )
+        return [score.argmax(dim=0).cpu() for score in scores]
+
+
+def draw_prediction(
+    visualizer: "Visualizer | VideoVisualizer",
+    *frame_and_prediction: np.ndarray | Instances | Tensor,
+) -> "VisImage":
+    """Draws what a :class:`Predictor` gave for an image.
+
+    Args:
+        visualizer: of the image, or of a video.
+        *frame_and_prediction: of a video the frame; what was predicted.
+    """
+    if isinstance(frame_and_prediction[-1], Instances):
+        return visualizer.draw_instance_predictions(*frame_and_prediction)
+    return visualizer.draw_sem_seg(*frame_and_prediction)
 
 
 def named_mistakes(config_file: str, overrides: Sequence[str]) -> AbstractContextManager[None]:

@@ -16,6 +16,7 @@ import importlib
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -340,3 +341,10 @@ def _register_with_fvcore() -> None:
 
 
 when_imported("fvcore.nn.flop_count", _register_with_fvcore)
+
+
+def __getattr__(name: str) -> Any:
+    """What ``mmcv.ops.carafe`` has beside the operator, so that changing an import is enough."""
+    if name in ("CARAFE", "CARAFENaive", "CARAFEPack", "normal_init", "xavier_init"):
+        return getattr(importlib.import_module(".upsample", __package__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -47,8 +47,9 @@ def carafe_naive(
     check_arguments(features, "masks", masks, kernel_size, group_size, scale_factor)
     n, _, h, w = features.shape
     k, s = kernel_size, scale_factor
-    weights = masks.reshape(n, group_size, k * k, h, s, w, s).permute(0, 1, 2, 4, 6, 3, 5)
-    return _reassemble(features, weights, k)
+    weights = masks.reshape(n * group_size * k * k, h, s, w, s).permute(0, 2, 4, 1, 3)
+    weights = weights.reshape(n * group_size, k * k, s * s, h, w)
+    return _reassemble(features, weights, k, group_size, s)
 
 
 def carafe_upsample_naive(
@@ -77,8 +78,8 @@ def carafe_upsample_naive(
     n, _, h, w = features.shape
     k, s = kernel_size, scale_factor
     logits = kernel_logits.to(_accumulation_dtype(kernel_logits))
-    weights = logits.reshape(n, group_size, k * k, s, s, h, w).softmax(dim=2)
-    return _reassemble(features, weights, k)
+    weights = logits.reshape(n * group_size, k * k, s * s, h, w).softmax(dim=1)
+    return _reassemble(features, weights, k, group_size, s)
 
 
 def carafe_downsample_naive(
@@ -108,8 +109,9 @@ def carafe_downsample_naive(
     """
     sizes = kernel_size, group_size, scale_factor
     check_arguments(features, "masks", masks, *sizes, downsampling=True)
-    weights = masks.unflatten(1, (group_size, kernel_size**2, 1, 1))
-    return _reassemble(features, weights, kernel_size, scale_factor)
+    n, _, *size = masks.shape
+    weights = masks.reshape(n * group_size, kernel_size**2, 1, *size)
+    return _reassemble(features, weights, kernel_size, group_size, stride=scale_factor)
 
 
 def carafe_downsample_softmax_naive(
@@ -136,36 +138,40 @@ def carafe_downsample_softmax_naive(
     sizes = kernel_size, group_size, scale_factor
     check_arguments(features, "kernel_logits", kernel_logits, *sizes, downsampling=True)
     logits = kernel_logits.to(_accumulation_dtype(kernel_logits))
-    weights = logits.unflatten(1, (group_size, kernel_size**2, 1, 1)).softmax(dim=2)
-    return _reassemble(features, weights, kernel_size, scale_factor)
+    n, _, *size = logits.shape
+    weights = logits.reshape(n * group_size, kernel_size**2, 1, *size).softmax(dim=1)
+    return _reassemble(features, weights, kernel_size, group_size, stride=scale_factor)
 
 
 def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _reassemble(features: Tensor, weights: Tensor, k: int, stride: int = 1) -> Tensor:
+def _reassemble(
+    features: Tensor, weights: Tensor, k: int, group: int, s: int = 1, stride: int = 1
+) -> Tensor:
     """The sum of section 3.3, one tap at a time.
+
+    No tensor has more than five dimensions, which is as many as some runtimes of ONNX take.
 
     Args:
         features: (N, C, H, W).
-        weights: (N, group, k*k, s, s, rows, columns), for each source location those of its s x s
+        weights: (N*group, k*k, s*s, rows, columns), for each source location those of its s x s
             output pixels; the order that `torch.nn.functional.pixel_shuffle` undoes.
         stride: of the source locations in the features.
     """
     n, c, h, w = features.shape
-    group, _, s, _, rows, columns = weights.shape[1:]
+    rows, columns = weights.shape[3:]
     padded = F.pad(features.to(_accumulation_dtype(features)), [k // 2] * 4)
     # The channels of a group share its weights, the s x s output pixels their source location.
-    padded = padded.reshape(n, group, c // group, 1, *padded.shape[2:])
-    weights = weights.to(padded.dtype).reshape(n, group, k * k, s * s, rows, columns)
+    padded = padded.reshape(n * group, c // group, 1, *padded.shape[2:])
     taps = itertools.product(range(k), repeat=2)
     out = sum(
         weight * padded[..., u : u + h : stride, v : v + w : stride]  # those (u - r, v - r) away
-        for (u, v), weight in zip(taps, weights.split(1, dim=2), strict=True)
+        for (u, v), weight in zip(taps, weights.to(padded.dtype).split(1, dim=1), strict=True)
     )
     # F.pixel_shuffle, spelled out because its gradient fails for empty batches
-    out = out.reshape(n, c, s, s, rows, columns).permute(0, 1, 4, 2, 5, 3)
+    out = out.reshape(n * c, s, s, rows, columns).permute(0, 3, 1, 4, 2)
     return out.reshape(n, c, rows * s, columns * s).to(features.dtype)
 
 

@@ -8,26 +8,32 @@ its class, and the model is saved, copied, trained, compiled and exported like a
 here needs Detectron2.
 """
 
-import copy
 import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import groupby
+from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .upsample import CARAFEPack, check_sizes
+from .module_state import (
+    UPSAMPLING_MODULES,
+    all_or_nothing,
+    clash,
+    evaluating,
+    give_each_place_its_own,
+    inherit,
+)
+from .upsample import CARAFEPack, check_options, check_sizes, xavier_init
 
-_UPSAMPLING_MODULES = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
 _MODES = ("nearest", "nearest-exact", "bilinear")
 _MIN_CHANNELS = 4
 
@@ -71,10 +77,10 @@ class UpsamplingReport(list[UpsamplingSite]):
             for site in self
         ]
         rows.append(("total", "", "", "", f"{sum(site.parameters for site in self):+,}"))
-        table = _table(rows, right=(2, 3, 4))
+        table = _table(rows, right=(2, 3, 4)) if self else "nothing replaced"
         if self.left_alone:
             table += "\n\n" + _table([("left alone", "was", "because"), *self._left_alone_rows()])
-        return table
+        return table if self or self.left_alone else "nothing replaced: no upsampling was seen"
 
     def _left_alone_rows(self) -> Iterator[tuple[str, ...]]:
         """One row for all that a module does in the same way, e.g. for every box."""
@@ -106,13 +112,15 @@ def replace_upsampling(
     encoder_kernel: int = 3,
     encoder_dilation: int = 1,
     compressed_channels: int = 64,
+    normalizer: str = "softmax",
 ) -> UpsamplingReport:
     """Puts CARAFE, freshly initialized, in the place of a model's upsampling; changes it in place.
 
     Replaced are nearest and bilinear ``nn.Upsample`` and ``F.interpolate`` and
     ``nn.ConvTranspose2d`` whose factor is the same integer from 2 to ``max_scale`` in both
-    directions. The example runs twice, in evaluation mode and without gradients: before, which
-    shows what there is, and, as a check, after the change. A second call finds nothing.
+    directions. The examples run twice, in evaluation mode and without gradients: before, which
+    shows what there is, and, as a check, after the change. A second call finds nothing. Whatever
+    fails leaves the model as it was.
 
     - ``nn.Upsample`` becomes a :class:`CARAFEPack` of the same name.
     - ``nn.ConvTranspose2d`` becomes a :class:`CARAFEConvTranspose2d` of the same name.
@@ -125,6 +133,10 @@ def replace_upsampling(
     A size that belongs to another factor than that of the example raises a RuntimeError, as does a
     forward pass that interpolates more or less often than with the example.
 
+    What others have put on a module goes over to its replacement: attributes, hooks of every kind,
+    whose handles go on to remove them, and training or evaluation mode. Left alone is what the
+    replacement could not take over, such as a normalization of weights.
+
     Call it before the optimizer is made and before compiling, sharding or wrapping the model.
     ``torch.jit.script`` cannot read a module whose ``F.interpolate`` was replaced, activation
     checkpointing has to hold such a module as a whole, and whoever calls its ``forward`` rather
@@ -132,39 +144,49 @@ def replace_upsampling(
 
     Args:
         model: the model, on the device and in the dtype it is to have.
-        example_inputs: a tuple of the positional arguments of ``model``, or the only one. Best are
-            sides that are multiples of the model's strides, and large enough that no map to be
-            upsampled is a single pixel.
+        example_inputs: a tuple of the positional arguments of ``model``, or the only one; or a list
+            of such tuples, several examples. Best are sides that are multiples of the model's
+            strides, and large enough that no map to be upsampled is a single pixel. Where a model
+            resizes maps of a fixed size, take examples of two sizes: what is doubled by chance, in
+            one of them, is left alone.
         include: patterns of names (:func:`fnmatch.fnmatchcase`) that are replaced; default is all.
         exclude: patterns of names that are left alone.
         max_scale: largest factor that is replaced. Those in the paper are all 2; larger ones mostly
             enlarge class scores at the end of a network, where the paper keeps to bilinear.
-        up_kernel, up_group, encoder_kernel, encoder_dilation, compressed_channels: of every
-            :class:`CARAFEPack`.
+        up_kernel, up_group, encoder_kernel, encoder_dilation, compressed_channels, normalizer: of
+            every :class:`CARAFEPack`.
 
     Returns:
         What was replaced, and as ``left_alone`` what was not, with the reasons.
 
     Raises:
-        ValueError: an argument is out of its range; the model is unchanged.
+        ValueError: an argument is out of its range, or the model distributed already.
+        RuntimeError: the model does not run on an example, as it is or with CARAFE.
     """
-    options = {
+    options: dict[str, Any] = {
         "up_kernel": up_kernel,
         "up_group": up_group,
         "encoder_kernel": encoder_kernel,
         "encoder_dilation": encoder_dilation,
         "compressed_channels": compressed_channels,
+        "normalizer": normalizer,
     }
-    check_sizes(max_scale=max_scale, **options)
-    if not isinstance(example_inputs, tuple):
-        example_inputs = (example_inputs,)
-    plan = _Plan(model, options, include, exclude, max_scale)
-    plan.transposed_convolutions()
-    runs = _record(model, example_inputs)
-    plan.upsampling_modules(runs)
-    plan.interpolations(runs)
-    plan.carry_out()
-    _check(model, example_inputs, [site.name for site in plan.sites if not site.reason])
+    check_sizes(max_scale=max_scale)
+    check_options(**options)
+    examples = example_inputs
+    if not isinstance(examples, list) or {type(example) for example in examples} != {tuple}:
+        examples = [examples if isinstance(examples, tuple) else (examples,)]
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("DistributedDataParallel would not synchronize new layers: wrap later")
+    # The new layers are to be trained, even where the model is looked at in inference mode.
+    with torch.inference_mode(False), all_or_nothing(model):
+        plan = _Plan(model, options, include, exclude, max_scale, give_each_place_its_own(model))
+        runs = plan.record(examples)
+        plan.transposed_convolutions()
+        plan.upsampling_modules(runs)
+        plan.interpolations(runs)
+        plan.carry_out()
+        _check(model, examples, [site.name for site in plan.sites if not site.reason])
     return UpsamplingReport(plan.sites)
 
 
@@ -201,9 +223,7 @@ class CARAFEConvTranspose2d(nn.Module):
         self.project: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.project = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=bias)
-            nn.init.xavier_uniform_(self.project.weight)
-            if self.project.bias is not None:
-                nn.init.zeros_(self.project.bias)
+            xavier_init(self.project, distribution="uniform")
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """
@@ -364,7 +384,8 @@ class _Call:
     """One call of ``F.interpolate``; ``runs`` are the forward passes it is in, outermost first."""
 
     runs: tuple[_Run, ...]
-    input: Tensor  # on the meta device, if only to keep shape and dtype
+    input_shape: torch.Size
+    dtype: torch.dtype
     device: torch.device
     output_size: tuple[int, ...]
     scale_factor: float | Sequence[float] | None
@@ -372,20 +393,20 @@ class _Call:
 
     @property
     def channels(self) -> int:
-        return self.input.shape[1]
+        return self.input_shape[1]
 
     def factor(self) -> tuple[int, str]:
         """The upsampling ratio and "", or 0 and why CARAFE cannot do the same."""
-        if self.input.dim() != 4:
-            return 0, f"its input has rank {self.input.dim()}, not 4"
+        if len(self.input_shape) != 4:
+            return 0, f"its input has rank {len(self.input_shape)}, not 4"
         if self.mode not in _MODES:
             return 0, f"mode {self.mode}"
-        if not self.input.dtype.is_floating_point:
-            return 0, f"dtype {self.input.dtype}"
-        input_size = self.input.shape[2:]
+        if not self.dtype.is_floating_point:
+            return 0, f"dtype {self.dtype}"
+        input_size = self.input_shape[2:]
         if self.scale_factor is not None:
             factors = _pair(self.scale_factor)
-        elif input_size.numel() == 1:
+        elif prod(input_size) == 1:
             return 0, "its input is a single pixel with the example inputs"
         else:
             factors = tuple(map(_size_factor, input_size, self.output_size))
@@ -407,8 +428,12 @@ def _call(
     runs: Sequence[_Run], output, input, size=None, scale_factor=None, mode="nearest", *_, **__
 ) -> _Call:
     """The note of a call, from what it is in, what it returned and the arguments it had."""
-    noted = torch.empty_like(input, device="meta")
-    return _Call(tuple(runs), noted, input.device, tuple(output.shape[2:]), scale_factor, mode)
+    # Autocast makes the input half, but CARAFE's parameters are to be like the others.
+    kind = input.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.float32 if autocast else input.dtype
+    size_after = tuple(output.shape[2:])
+    return _Call(tuple(runs), input.shape, dtype, input.device, size_after, scale_factor, mode)
 
 
 class _Recorder(TorchFunctionMode):
@@ -435,39 +460,16 @@ class _Recorder(TorchFunctionMode):
         return output
 
 
-def _record(model: nn.Module, example_inputs: tuple) -> list[_Run]:
-    """Runs the example; returns the runs of all modules."""
-    _give_each_place_its_own(model)
-    recorder = _Recorder()
-    with _evaluating(model) as undo, recorder:
-        for module in model.modules():
-            # Next to the forward pass, with the hooks that the module has outside of them.
-            enter = module.register_forward_pre_hook(recorder.enter)
-            leave = module.register_forward_hook(recorder.leave, prepend=True, always_call=True)
-            undo.callback(enter.remove)
-            undo.callback(leave.remove)
-        model(*example_inputs)
-    return recorder.runs
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[ExitStack]:
-    """Evaluation mode without gradients; the stack may take more that is to be undone after it."""
-    with ExitStack() as undo, torch.no_grad():
-        for module in model.modules():
-            undo.callback(setattr, module, "training", module.training)
-        model.eval()
-        yield undo
-
-
-def _give_each_place_its_own(model: nn.Module) -> None:
-    """Copies an ``nn.Upsample`` that stands in several places; it has no state to be shared."""
-    seen = set()
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if type(module) in _UPSAMPLING_MODULES:
-            if module in seen:
-                model.set_submodule(name, copy.deepcopy(module))
-            seen.add(module)
+def _run_examples(model: nn.Module, examples: Sequence[tuple], how: str = "") -> None:
+    for number, example in enumerate(examples, 1):
+        try:
+            model(*example)
+        except Exception as error:
+            which = f"example {number} of {len(examples)}" if len(examples) > 1 else "the example"
+            raise RuntimeError(
+                f"{type(model).__name__} does not run{how} on {which}, so nothing was replaced: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
 
 # ------------------------------------------------------------- what is replaced
@@ -479,6 +481,8 @@ def _transposed_factor(module: nn.ConvTranspose2d) -> tuple[int, tuple[int, ...]
     trim: tuple[int, ...] = (0, 0)
     if type(module) is not nn.ConvTranspose2d:
         return scale, trim, f"{type(module).__name__} is a class of its own"
+    if module._parameters.keys() != {"weight", "bias"}:
+        return scale, trim, f"its parameters are {' and '.join(module._parameters)}"
     if module.stride != (scale, scale) or scale < 2:
         return scale, trim, _odd_factor(*module.stride)
     if module.groups > 1 and module.in_channels != module.out_channels:
@@ -517,7 +521,9 @@ class _Plan:
     include: Sequence[str] | None
     exclude: Sequence[str]
     max_scale: int
+    originals: dict[nn.Module, nn.Module]  # of the copies that are in their places
     sites: list[UpsamplingSite] = field(default_factory=list)
+    _bypassed: set[nn.Module] = field(default_factory=set)  # originals that are called all the same
     _modules: dict[nn.Module, nn.Module] = field(default_factory=dict)  # what each is replaced by
     _owners: dict[nn.Module, _Packs] = field(default_factory=dict)
     # Calls of modules that have a site of their own.
@@ -525,6 +531,24 @@ class _Plan:
     _replaced: set[_Call] = field(default_factory=set)
     # Their calls count as those of their callers.
     _see_through: set[nn.Module] = field(default_factory=set)
+
+    def record(self, examples: Sequence[tuple]) -> list[_Run]:
+        """Runs the examples; returns the runs of all modules."""
+        recorder = _Recorder()
+        with evaluating(self.model) as undo, recorder:
+            for module in self.model.modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue  # takes no hooks and shows no calls
+                # Next to the forward pass, with the hooks that the module has outside of them.
+                enter = module.register_forward_pre_hook(recorder.enter)
+                leave = module.register_forward_hook(recorder.leave, prepend=True, always_call=True)
+                undo.callback(enter.remove)
+                undo.callback(leave.remove)
+            for original in self.originals.values():
+                hook = original.register_forward_pre_hook(lambda m, _: self._bypassed.add(m))
+                undo.callback(hook.remove)
+            _run_examples(self.model, examples)
+        return recorder.runs
 
     def _objection(self, name: str, scale: int, channels: int) -> str:
         """Why a place that can have CARAFE is left alone all the same, or ""."""
@@ -541,16 +565,29 @@ class _Plan:
             return f"up_group = {up_group} does not divide its {channels} channels"
         return ""
 
-    def _pack(self, name: str, was: str, call: _Call, obstacle: str) -> CARAFEPack | None:
-        """Enters the site of a call; returns what is to replace it, if it is to be replaced."""
-        scale, reason = call.factor()
-        reason = reason or self._objection(name, scale, call.channels) or obstacle
+    def _pack(
+        self,
+        name: str,
+        was: str,
+        calls: Sequence[_Call],
+        obstacle: str,
+        module: nn.Module | None = None,
+    ) -> CARAFEPack | None:
+        """Enters the site of a place's calls; returns what is to replace it, if anything is."""
+        call = calls[0]
+        scales, reasons = zip(*(call.factor() for call in calls), strict=True)
+        reason = next(filter(None, reasons), "")
+        if len(set(scales)) > 1:
+            reason = reason or f"its factor is {' or '.join(map(str, sorted(set(scales))))}"
+        reason = reason or self._objection(name, scales[0], call.channels) or obstacle
+        if not reason:
+            pack = CARAFEPack(call.channels, scales[0], **self.options)
+            reason = clash(module, pack) if module else ""
         if reason:
             self.sites.append(UpsamplingSite(name, was, call.channels, reason=reason))
             return None
-        pack = CARAFEPack(call.channels, scale, **self.options)
-        self.sites.append(UpsamplingSite(name, was, call.channels, scale, _count(pack)))
-        return pack.to(device=call.device, dtype=call.input.dtype)
+        self.sites.append(UpsamplingSite(name, was, call.channels, scales[0], _count(pack)))
+        return pack.to(device=call.device, dtype=call.dtype)
 
     def transposed_convolutions(self) -> None:
         for name, module in self.model.named_modules():
@@ -560,12 +597,17 @@ class _Plan:
             was = f"ConvTranspose2d to {after}"
             scale, trim, reason = _transposed_factor(module)
             reason = reason or self._objection(name, scale, before)
-            if reason or not name:
-                reason = reason if name else "it is the model itself"
+            if not name:
+                reason = "it is the model itself"
+            elif self.originals.get(module) in self._bypassed:
+                reason = reason or "the model calls it other than by its name"
+            if not reason:
+                bias = module.bias is not None
+                new = CARAFEConvTranspose2d(before, after, scale, trim, bias, **self.options)
+                reason = clash(module, new)
+            if reason:
                 self.sites.append(UpsamplingSite(name, was, before, reason=reason))
                 continue
-            bias = module.bias is not None
-            new = CARAFEConvTranspose2d(before, after, scale, trim, bias, **self.options)
             self._modules[module] = new.to(module.weight)
             added = _count(new) - _count(module)
             self.sites.append(UpsamplingSite(name, was, before, scale, added))
@@ -573,7 +615,7 @@ class _Plan:
     def upsampling_modules(self, runs: list[_Run]) -> None:
         """Modules that can be swapped: called for a factor, once in a run of their caller."""
         for name, module in self.model.named_modules():
-            if type(module) not in _UPSAMPLING_MODULES:
+            if type(module) not in UPSAMPLING_MODULES:
                 continue
             was = f"{type(module).__name__} {module.mode}"
             calls = [call for run in runs if run.module is module for call in run.calls]
@@ -585,7 +627,7 @@ class _Plan:
                 self._see_through.add(module)
             elif name and module.size is None:
                 self._planned.update(calls)
-                if pack := self._pack(name, was, calls[0], _earlier_owner(calls[0])):
+                if pack := self._pack(name, was, calls, _earlier_owner(calls[0]), module):
                     self._modules[module] = pack
                     self._replaced.update(calls)
 
@@ -614,7 +656,7 @@ class _Plan:
         prefix = f"{name}.carafe_upsample" if name else "carafe_upsample"
         numbers = {call: str(k) for calls in own_calls for k, call in enumerate(calls)}
         # Whether every run of the owner makes the same calls, and in the same order among others.
-        kinds = {tuple((c.channels, c.mode, c.factor()) for c in calls) for calls in own_calls}
+        kinds = {tuple((call.channels, call.mode) for call in calls) for calls in own_calls}
         orders = {
             tuple(numbers.get(call) for call in run.calls if call not in self._replaced)
             for run in runs
@@ -628,17 +670,18 @@ class _Plan:
             self.sites.append(UpsamplingSite(f"{prefix}.*", "F.interpolate", reason=reason))
             return
 
+        unfit = ""
+        if isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            unfit = f"{type(owner).__name__} would run a CARAFEPack as one of its layers"
+        elif isinstance(owner, fx.GraphModule):
+            unfit = "a GraphModule loses its forward hooks when it is copied"
+        elif hasattr(owner, "carafe_upsample"):
+            unfit = f"{type(owner).__name__} has a carafe_upsample of its own"
         packs = {}
-        for call in own_calls[0]:
-            obstacle = _earlier_owner(call)
-            if isinstance(owner, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-                obstacle = (
-                    obstacle
-                    or f"{type(owner).__name__} would run a CARAFEPack as one of its layers"
-                )
-            site = f"{prefix}.{numbers[call]}"
-            if pack := self._pack(site, f"F.interpolate {call.mode}", call, obstacle):
-                packs[numbers[call]] = pack
+        for key, calls in enumerate(zip(*own_calls, strict=True)):
+            site, was = f"{prefix}.{key}", f"F.interpolate {calls[0].mode}"
+            if pack := self._pack(site, was, calls, _earlier_owner(calls[0]) or unfit):
+                packs[str(key)] = pack
         if packs:
             (order,) = orders
             order = tuple(key if key in packs else None for key in order)
@@ -647,22 +690,25 @@ class _Plan:
 
     def carry_out(self) -> None:
         for name, module in list(self.model.named_modules(remove_duplicate=False)):
-            if module in self._modules:
-                self.model.set_submodule(name, self._modules[module].train(module.training))
+            original = self.originals.get(module, module)
+            if new := self._modules.get(module):
+                inherit(new, original)
+            if new or original is not module:
+                self.model.set_submodule(name, new or original)
         for owner, packs in self._owners.items():
-            packs.attach(owner)
+            packs.attach(self.originals.get(owner, owner))
 
 
-def _check(model: nn.Module, example_inputs: tuple, names: list[str]) -> None:
-    """Runs the example again, now with CARAFE, and warns of what is not in use."""
+def _check(model: nn.Module, examples: Sequence[tuple], names: list[str]) -> None:
+    """Runs the examples again, now with CARAFE, and warns of what is not in use."""
     idle = set(names)
-    with _evaluating(model) as undo:
+    with evaluating(model) as undo:
         for name in names:
             hook = model.get_submodule(name).register_forward_hook(
                 lambda *_, name=name: idle.discard(name)
             )
             undo.callback(hook.remove)
-        model(*example_inputs)
+        _run_examples(model, examples, " with CARAFE in it")
     if idle:
         warnings.warn(
             f"the model did not run {', '.join(sorted(idle))} when the example was repeated",

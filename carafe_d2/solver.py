@@ -1,11 +1,14 @@
-"""The optimizer that a config describes."""
+"""The optimizer and the learning rate schedule that a config describes."""
 
 import logging
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.solver import LRMultiplier, WarmupParamScheduler
+from detectron2.solver import build_lr_scheduler as build_detectron2_lr_scheduler
 from detectron2.solver import build_optimizer as build_sgd
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -54,6 +57,29 @@ def _clip_full_model(optimizer: torch.optim.Optimizer, max_norm: float, norm_typ
         nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
 
     optimizer.register_step_pre_hook(clip_gradients)
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """Builds the learning rate schedule from the keys under SOLVER, Detectron2's and one more.
+
+    With SOLVER.LR_SCHEDULER_NAME "WarmupPolyLR", in iteration i of n the learning rate is its
+    initial value times ``(1 - i / n) ** SOLVER.POLY_LR_POWER``, after a warm-up like Detectron2's.
+
+    Raises:
+        UserError: SOLVER.POLY_LR_POWER is not positive.
+    """
+    solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME != "WarmupPolyLR":
+        return build_detectron2_lr_scheduler(cfg, optimizer)
+    if solver.POLY_LR_POWER <= 0:
+        raise UserError(f"SOLVER.POLY_LR_POWER must be positive, got {solver.POLY_LR_POWER}")
+    multiplier = WarmupParamScheduler(
+        PolynomialDecayParamScheduler(1.0, solver.POLY_LR_POWER),
+        solver.WARMUP_FACTOR,
+        min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
+        solver.WARMUP_METHOD,
+    )
+    return LRMultiplier(optimizer, multiplier, max_iter=solver.MAX_ITER)
 
 
 # The keys under SOLVER that set a value in an optimizer's groups of another name.

@@ -38,7 +38,7 @@ from .engine import (
 from .errors import UserError
 from .evaluation import build_evaluator, check_evaluators
 from .model_settings import ModelSettings
-from .solver import build_optimizer, keep_settings, settings_of
+from .solver import build_lr_scheduler, build_optimizer, keep_settings, settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,10 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg, model):
         return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg, optimizer):
+        return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg):

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedParameter
 
 from .ops import carafe, carafe_upsample
 from .reference import carafe_naive
@@ -18,22 +20,46 @@ def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, Integral) or size < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
-        if "kernel" in name and size % 2 == 0:
+        if ("kernel" in name or name.startswith("k_")) and size % 2 == 0:
             raise ValueError(f"{name} must be odd, got {size}")
 
 
-def _zero_bias(conv: nn.Conv2d | nn.ConvTranspose2d) -> None:
-    assert conv.bias is not None
-    nn.init.zeros_(conv.bias)
+def xavier_init(
+    module: nn.Module, gain: float = 1, bias: float = 0, distribution: str = "normal"
+) -> None:
+    """Xavier initialization as ``mmcv.ops.carafe.xavier_init``: the weight, and a constant bias.
+
+    Args:
+        module: its ``weight`` and ``bias`` are filled, so far as it has them.
+        gain: factor of the weights' deviation.
+        bias: value of the bias.
+        distribution: "normal" or "uniform".
+
+    Raises:
+        ValueError: the distribution is neither.
+    """
+    fill = {"normal": nn.init.xavier_normal_, "uniform": nn.init.xavier_uniform_}
+    if distribution not in fill:
+        raise ValueError(f"distribution must be normal or uniform, got {distribution!r}")
+    _fill(module, lambda weight: fill[distribution](weight, gain=gain), bias)
 
 
-def init_kernel_prediction(compressor: nn.Module, encoder: nn.Conv2d) -> None:
-    """Initializes as published: a tiny encoder, whose softmax is about a plain mean."""
-    if isinstance(compressor, nn.Conv2d):
-        nn.init.xavier_uniform_(compressor.weight)
-        _zero_bias(compressor)
-    nn.init.normal_(encoder.weight, std=0.001)
-    _zero_bias(encoder)
+def normal_init(module: nn.Module, mean: float = 0, std: float = 1, bias: float = 0) -> None:
+    """Normal initialization as ``mmcv.ops.carafe.normal_init``: the weight, and a constant bias.
+
+    Args:
+        module: its ``weight`` and ``bias`` are filled, so far as it has them.
+        mean, std: mean and standard deviation of the weights.
+        bias: value of the bias.
+    """
+    _fill(module, lambda weight: nn.init.normal_(weight, mean, std), bias)
+
+
+def _fill(module: nn.Module, fill_weight: Callable[[Tensor], object], bias: float) -> None:
+    if (weight := getattr(module, "weight", None)) is not None:
+        fill_weight(weight)
+    if (biases := getattr(module, "bias", None)) is not None:
+        nn.init.constant_(biases, bias)
 
 
 class CARAFE(nn.Module):
@@ -76,7 +102,104 @@ class CARAFENaive(CARAFE):
 NORMALIZERS = ("softmax", "sigmoid", "normalized_sigmoid", "none")
 
 
-class CARAFEPack(nn.Module):
+def check_options(normalizer: str, compressed_channels: int, **sizes: int) -> None:
+    """Checks the arguments of :class:`CARAFEPack` and its like that do not depend on the map.
+
+    Raises:
+        ValueError: one is out of its range; the message names it.
+    """
+    check_sizes(**sizes)
+    if compressed_channels != 0:
+        check_sizes(compressed_channels=compressed_channels)
+    if normalizer not in NORMALIZERS:
+        names = ", ".join(NORMALIZERS)
+        raise ValueError(f"normalizer must be one of {names}, got {normalizer!r}")
+
+
+class KernelPrediction(nn.Module):
+    """The kernel prediction module (paper, section 3.2), which up- and downsampling share.
+
+    A 1x1 convolution ``channel_compressor``, and a convolution ``content_encoder`` whose output
+    the normalizer makes kernels of.
+
+    Args:
+        channels: of the input.
+        kernel, group: side of the reassembly kernels, and how many each pixel has.
+        encoder_kernel, encoder_dilation, compressed_channels, normalizer: as in
+            :class:`CARAFEPack`.
+        scale: output pixels that a location of the encoder's output has along either axis.
+        stride: of the encoder.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel: int,
+        group: int,
+        encoder_kernel: int,
+        encoder_dilation: int,
+        compressed_channels: int,
+        normalizer: str,
+        scale: int = 1,
+        stride: int = 1,
+    ):
+        super().__init__()
+        self.channels = channels
+        self.encoder_kernel = encoder_kernel
+        self.encoder_dilation = encoder_dilation
+        self.compressed_channels = compressed_channels
+        self.normalizer = normalizer
+        self._kernel_shape = group, kernel**2
+        self._scale = scale
+
+        self.channel_compressor: nn.Module = nn.Identity()
+        if compressed_channels:
+            self.channel_compressor = nn.Conv2d(channels, compressed_channels, kernel_size=1)
+        self.content_encoder = nn.Conv2d(
+            compressed_channels or channels,
+            group * kernel**2 * scale**2,
+            kernel_size=encoder_kernel,
+            stride=stride,
+            padding=encoder_dilation * (encoder_kernel - 1) // 2,
+            dilation=encoder_dilation,
+        )
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initializes as published: the tiny encoder makes all kernels start as a plain mean."""
+        xavier_init(self.channel_compressor, distribution="uniform")
+        normal_init(self.content_encoder, std=0.001)
+
+    def predict(self, x: Tensor) -> tuple[bool, Tensor]:
+        """What the operators take: whether it is logits of a softmax, and these or the masks."""
+        logits = self.content_encoder(self.channel_compressor(x))
+        if self.normalizer in ("sigmoid", "none"):
+            return False, self.masks(logits)
+        if self.normalizer == "normalized_sigmoid":
+            logits = F.logsigmoid(logits)  # the softmax of these is what is asked for
+        return True, logits
+
+    def masks(self, logits: Tensor) -> Tensor:
+        """The kernels that an output of ``content_encoder`` stands for.
+
+        Args:
+            logits: (N, channels, H, W), the output.
+
+        Returns:
+            (N, channels / scale**2, scale * H, scale * W), as :func:`carafe_d2.carafe` or
+            :func:`carafe_d2.carafe_downsample` takes them; scale is one in downsampling.
+        """
+        masks = _pixel_shuffle(logits, self._scale)
+        if self.normalizer == "none":
+            return masks
+        if self.normalizer == "sigmoid":
+            return masks.sigmoid()
+        if self.normalizer == "normalized_sigmoid":
+            masks = F.logsigmoid(masks)
+        return masks.unflatten(1, self._kernel_shape).softmax(2).flatten(1, 2)
+
+
+class CARAFEPack(KernelPrediction):
     """The CARAFE upsampler: predicts a kernel for every output pixel and reassembles with it.
 
     Kernel prediction module (paper, section 3.2): a 1x1 convolution compresses the channels, a
@@ -116,62 +239,103 @@ class CARAFEPack(nn.Module):
         compressed_channels: int = 64,
         normalizer: str = "softmax",
     ):
-        super().__init__()
-        check_sizes(
-            channels=channels,
-            scale_factor=scale_factor,
+        check_sizes(channels=channels, scale_factor=scale_factor)
+        check_options(
+            normalizer,
+            compressed_channels,
             up_kernel=up_kernel,
             up_group=up_group,
             encoder_kernel=encoder_kernel,
             encoder_dilation=encoder_dilation,
         )
-        if compressed_channels != 0:
-            check_sizes(compressed_channels=compressed_channels)
-        if normalizer not in NORMALIZERS:
-            names = ", ".join(NORMALIZERS)
-            raise ValueError(f"normalizer must be one of {names}, got {normalizer!r}")
         if channels % up_group:
             raise ValueError(f"up_group must divide channels = {channels}, got {up_group}")
-        self.channels = channels
+        super().__init__(
+            channels,
+            up_kernel,
+            up_group,
+            encoder_kernel,
+            encoder_dilation,
+            compressed_channels,
+            normalizer,
+            scale=scale_factor,
+        )
         self.scale_factor = scale_factor
         self.up_kernel = up_kernel
         self.up_group = up_group
-        self.encoder_kernel = encoder_kernel
-        self.encoder_dilation = encoder_dilation
-        self.compressed_channels = compressed_channels
-        self.normalizer = normalizer
-
-        self.channel_compressor: nn.Module = nn.Identity()
-        if compressed_channels:
-            self.channel_compressor = nn.Conv2d(channels, compressed_channels, kernel_size=1)
-        self.content_encoder = nn.Conv2d(
-            compressed_channels or channels,
-            up_group * up_kernel**2 * scale_factor**2,
-            kernel_size=encoder_kernel,
-            padding=encoder_dilation * (encoder_kernel - 1) // 2,
-            dilation=encoder_dilation,
-        )
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Initializes as published: the tiny encoder makes all kernels start as a plain mean."""
-        init_kernel_prediction(self.channel_compressor, self.content_encoder)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.content_encoder(self.channel_compressor(x))
-        sizes = self.up_kernel, self.up_group, self.scale_factor
-        if self.normalizer in ("sigmoid", "none"):
-            masks = _pixel_shuffle(logits, self.scale_factor)
-            return carafe(x, masks.sigmoid() if self.normalizer == "sigmoid" else masks, *sizes)
-        if self.normalizer == "normalized_sigmoid":
-            logits = F.logsigmoid(logits)  # the softmax of these is what is asked for
-        return carafe_upsample(x, logits, *sizes)
+        fused, kernels = self.predict(x)
+        operator = carafe_upsample if fused else carafe
+        return operator(x, kernels, self.up_kernel, self.up_group, self.scale_factor)
 
 
 def _pixel_shuffle(x: Tensor, scale: int) -> Tensor:
     """``F.pixel_shuffle``, whose gradient fails for empty batches."""
     x = x.unflatten(1, (-1, scale, scale)).permute(0, 1, 4, 2, 5, 3)
     return x.flatten(4, 5).flatten(2, 3)
+
+
+class _UncountedParameter(UninitializedParameter):
+    """One that libraries can count before its size is known, as Ultralytics does: as nothing."""
+
+    def numel(self) -> int:
+        return 0
+
+
+class LazyCARAFEPack(LazyModuleMixin, CARAFEPack):  # type: ignore[misc]
+    """A :class:`CARAFEPack` that takes ``channels`` from its first input.
+
+    A lazy module as PyTorch has them, e.g. :class:`torch.nn.LazyConv2d`: until the first forward,
+    or until a state dict is loaded, the compressor's parameters are uninitialized. The first
+    forward makes it a :class:`CARAFEPack`.
+
+    Args:
+        scale_factor, up_kernel, up_group, encoder_kernel, encoder_dilation, compressed_channels,
+            normalizer: as in :class:`CARAFEPack`, but there has to be a compressor.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+        RuntimeError: of the first forward, where ``up_group`` does not divide the channels.
+    """
+
+    cls_to_become = CARAFEPack  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        scale_factor: int = 2,
+        up_kernel: int = 5,
+        up_group: int = 1,
+        encoder_kernel: int = 3,
+        encoder_dilation: int = 1,
+        compressed_channels: int = 64,
+        normalizer: str = "softmax",
+    ):
+        check_sizes(up_group=up_group, compressed_channels=compressed_channels)
+        super().__init__(
+            channels=up_group,  # any that fits
+            scale_factor=scale_factor,
+            up_kernel=up_kernel,
+            up_group=up_group,
+            encoder_kernel=encoder_kernel,
+            encoder_dilation=encoder_dilation,
+            compressed_channels=compressed_channels,
+            normalizer=normalizer,
+        )
+        self.channels = 0  # as in_channels of PyTorch's lazy convolutions
+        self.channel_compressor = nn.LazyConv2d(compressed_channels, kernel_size=1)
+        self.channel_compressor.weight = _UncountedParameter()
+        self.channel_compressor.bias = _UncountedParameter()
+
+    def initialize_parameters(self, x: Tensor) -> None:  # type: ignore[override]
+        """Called before the first forward, with its input."""
+        compressor = self.channel_compressor
+        assert isinstance(compressor, nn.Conv2d)
+        # With a state dict loaded before, it is initialized, and lazy all the same.
+        if isinstance(compressor, nn.LazyConv2d) and compressor.has_uninitialized_params():
+            compressor.initialize_parameters(x)
+            xavier_init(compressor, distribution="uniform")
+        self.channels = compressor.in_channels = compressor.weight.shape[1]
 
 
 class PixelShufflePack(nn.Module):
@@ -196,8 +360,7 @@ class PixelShufflePack(nn.Module):
         self.upsample_conv = nn.Conv2d(
             channels, channels * scale_factor**2, kernel_size, padding=(kernel_size - 1) // 2
         )
-        nn.init.xavier_uniform_(self.upsample_conv.weight)
-        _zero_bias(self.upsample_conv)
+        xavier_init(self.upsample_conv, distribution="uniform")
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pixel_shuffle(self.upsample_conv(x), self.scale_factor)
@@ -217,8 +380,7 @@ def _deconv(channels: int, scale_factor: int, kernel_size: int = 3) -> nn.ConvTr
         padding=padding,
         output_padding=output_padding,
     )
-    nn.init.xavier_uniform_(deconv.weight)
-    _zero_bias(deconv)
+    xavier_init(deconv, distribution="uniform")
     return deconv
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Evaluates the published results on this machine and writes what it measures into docs/results.md.
 
-Each row of docs/results.json is a published result: a config, a checkpoint and its AP. Every row
+Each row of docs/results.json is a published result: a config, a checkpoint, if there is one, and
+its AP or mIoU. Every row
 whose data and checkpoint can be had is evaluated by train_net.py; of the others it says why not.
 
 Examples:
@@ -78,23 +79,35 @@ def evaluate(row: dict, weights: str, output_dir: Path, num_gpus: int) -> dict:
 def evaluation_command(row: dict, weights: str, *options: str) -> list[str]:
     """The arguments of Python that evaluate a row with the given weights."""
     command = ["train_net.py", "--config-file", row["config"], *options, "--eval-only"]
-    return [*command, "MODEL.WEIGHTS", weights, *row["overrides"]]
+    return [*command, "MODEL.WEIGHTS", weights, *training_overrides(row), *row["overrides"]]
+
+
+# By the name of a task in Detectron2's log the metrics that count: their names there and here, and
+# how many digits are shown.
+METRICS = {
+    "bbox": {"AP": ("box AP", 1)},
+    "segm": {"AP": ("mask AP", 1)},
+    "sem_seg": {"mIoU": ("mIoU", 2), "pACC": ("pixel accuracy", 2)},
+}
 
 
 def metrics(log: str) -> dict:
-    """Reads AP in percent and images per second and device from Detectron2's log.
+    """Reads metrics in percent and images per second and device from Detectron2's log.
 
     Raises:
-        UserError: there is no AP in the log.
+        UserError: there is neither box AP nor mIoU in the log.
     """
     found = {}
-    for task, name in (("bbox", "box AP"), ("segm", "mask AP")):
+    for task, names in METRICS.items():
         # The lines that Detectron2 prints for spreadsheets: task, names of metrics, values.
-        match = re.search(rf"copypaste: Task: {task}\n.*copypaste: AP,.*\n.*copypaste: (.+?),", log)
-        if match and match[1] != "nan":
-            found[name] = round(float(match[1]), 2)
-    if "box AP" not in found:
-        raise UserError("the evaluation found no object, so there is no AP")
+        lines = re.search(rf"copypaste: Task: {task}\n.*copypaste: (.+)\n.*copypaste: (.+)", log)
+        if lines:
+            values = dict(zip(*(line.split(",") for line in lines.groups()), strict=True))
+            for theirs, (ours, _) in names.items():
+                if values[theirs] != "nan":
+                    found[ours] = round(float(values[theirs]), 2)
+    if not found.keys() & {"box AP", "mIoU"}:
+        raise UserError("the evaluation found nothing, so there is no AP or mIoU")
     seconds = re.search(r"pure compute time: .* \(([\d.]+) s / iter per device", log)
     if seconds:
         found["images/s"] = round(1 / float(seconds[1]), 2)
@@ -113,11 +126,14 @@ def find_weights(row: dict, kind: str, folder: Path | None) -> str:
         UserError: it is missing or cannot be fetched.
     """
     if kind == "trained":
-        path = Path(load_config(str(ROOT / row["training_config"])).OUTPUT_DIR, "model_final.pth")
+        cfg = load_config(str(ROOT / row["training_config"]), training_overrides(row))
+        path = Path(cfg.OUTPUT_DIR, "model_final.pth")
         if not (ROOT / path).is_file():
             raise UserError(f"{path} does not exist; {shlex.join(training_command(row))} writes it")
         return str(path)
     address = row["checkpoint"]
+    if not address:
+        raise UserError("no checkpoint was published; with --weights trained it can be measured")
     name = address.rpartition("/")[2]
     if folder and (folder / name).is_file():
         return str((folder / name).absolute())
@@ -130,27 +146,25 @@ def find_weights(row: dict, kind: str, folder: Path | None) -> str:
         ) from error
 
 
+def training_overrides(row: dict) -> list[str]:
+    """Keys and values that make the row's model of its config, where no config is that model."""
+    return row.get("training_overrides", [])
+
+
 def training_command(row: dict) -> list[str]:
-    return ["python", "train_net.py", "--config-file", row["training_config"], "--num-gpus", "8"]
+    command = ["python", "train_net.py", "--config-file", row["training_config"], "--num-gpus", "8"]
+    return [*command, *training_overrides(row)]
 
 
 # --- the page -----------------------------------------------------------------------------------
 
 
 def page_content(rows: list[dict]) -> str:
-    """Table, origins of what was measured, and the commands."""
-    header = ["row", "model", "year", "test proposals", "checkpoint", "published"]
-    header += ["its checkpoint, measured here", "trained here"]
-    cells = [
-        [
-            row["name"],
-            f"[{row['model']}](../{row['config']})",
-            *(str(row["year"]), str(row["proposals"]), f"[file]({row['checkpoint']})"),
-            figures(row["published"]) or "none",
-            *(figures(row["measured"][kind]) for kind in WEIGHTS),
-        ]
-        for row in rows
-    ]
+    """Tables, origins of what was measured, and the commands."""
+    segmentation = [row for row in rows if "carafe_in" in row]
+    tables = [_detection_table([row for row in rows if "carafe_in" not in row])]
+    if segmentation:
+        tables.append(_segmentation_table(segmentation))
     origins = [
         f"- `{row['name']}`, {kind}: {result['devices']} x {result['machine']}, "
         f"Detectron2 {result['detectron2']}."
@@ -165,7 +179,7 @@ def page_content(rows: list[dict]) -> str:
         *dict.fromkeys(shlex.join(training_command(row)) for row in rows),
     ]
     blocks = [
-        format_table(header, cells, markdown=True, text_columns=len(header)),
+        *tables,
         "Where a cell is empty, nobody has measured it.",
         *(["\n".join(["Measured on:", "", *origins])] if origins else []),
         "\n".join(["```sh", *commands, "```"]),
@@ -173,11 +187,43 @@ def page_content(rows: list[dict]) -> str:
     return "\n\n".join(blocks)
 
 
+def _detection_table(rows: list[dict]) -> str:
+    header = ["row", "model", "year", "test proposals", "checkpoint", "published"]
+    header += ["its checkpoint, measured here", "trained here"]
+    cells = [
+        [
+            row["name"],
+            f"[{row['model']}](../{row['config']})",
+            *(str(row["year"]), str(row["proposals"]), f"[file]({row['checkpoint']})"),
+            figures(row["published"]) or "none",
+            *(figures(row["measured"][kind]) for kind in WEIGHTS),
+        ]
+        for row in rows
+    ]
+    return format_table(header, cells, markdown=True, text_columns=len(header))
+
+
+def _segmentation_table(rows: list[dict]) -> str:
+    header = ["row", "model", "CARAFE in", "published", "trained here"]
+    cells = [
+        [
+            row["name"],
+            f"[{row['model']}](../{row['config']})",
+            ", ".join(row["carafe_in"]) or "none",
+            figures(row["published"]) or "not at hand",
+            figures(row["measured"]["trained"]),
+        ]
+        for row in rows
+    ]
+    return format_table(header, cells, markdown=True, text_columns=len(header))
+
+
 def figures(result: dict | None) -> str:
-    """AP and speed of a result in a table's cell; empty if there are none."""
+    """Metrics and speed of a result in a table's cell; empty if there are none."""
     if not result:
         return ""
-    ap = " / ".join(f"{result[k]:.1f}" for k in ("box AP", "mask AP") if k in result)
+    shown = [metric for names in METRICS.values() for metric in names.values()]
+    ap = " / ".join(f"{result[name]:.{digits}f}" for name, digits in shown if name in result)
     return ap + (f" ({result['images/s']:.1f} images/s)" if "images/s" in result else "")
 
 

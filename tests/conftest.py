@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from carafe_d2 import collect_env
 
@@ -125,6 +126,19 @@ def sanitizer_runtimes():
         return ":".join(paths)
 
     return find
+
+
+@pytest.fixture(scope="session")
+def ultralytics(tmp_path_factory):
+    """The package, which fetches nothing and keeps its settings out of the home folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("YOLO_CONFIG_DIR", str(tmp_path_factory.mktemp("ultralytics")))
+        patch.setenv("YOLO_OFFLINE", "true")
+        patch.setenv("YOLO_AUTOINSTALL", "false")
+        opened = Image.open
+        package = pytest.importorskip("ultralytics")
+        Image.open = opened  # or whatever is no image would make it ask for a package
+        yield package
 
 
 def _through_pickle(module):

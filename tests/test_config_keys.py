@@ -12,7 +12,7 @@ from carafe_d2.diagnosis import Reads, RecordingNode, warn_of_idle_keys
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "shapes_mask_rcnn_R18_FPN_carafe.yaml"
-# Two trainings that between them turn on whatever has to be on for its other keys to be read.
+# Trainings that between them turn on whatever has to be on for its other keys to be read.
 TRAININGS = {
     "everything_on": [
         *("SOLVER.CLIP_GRADIENTS.ENABLED", "True", "TEST.AUG.ENABLED", "True"),
@@ -21,7 +21,10 @@ TRAININGS = {
         *("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
         *("SOLVER.OPTIMIZER", "SGD", "MODEL.BACKBONE.FREEZE_AT", "0"),
     ],
-    "boxes_of_crops": ["MODEL.MASK_ON", "False", "INPUT.CROP.ENABLED", "True"],
+    "boxes_of_crops": [
+        *("MODEL.MASK_ON", "False", "INPUT.CROP.ENABLED", "True"),
+        *("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR"),
+    ],
     "steps": [
         *("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR", "SOLVER.STEPS", "(1,)"),
         *("SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"),

@@ -12,7 +12,7 @@ from detectron2.solver import build_lr_scheduler
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from carafe_d2 import CarafeFPN, CARAFEPack
+from carafe_d2 import CarafeFPN, CARAFEPack, train_net
 from carafe_d2.config import load_config
 from carafe_d2.mask_head import UPSAMPLE_CHOICES
 from carafe_d2.upsample import UPSAMPLERS
@@ -56,13 +56,15 @@ def test_config_trains_and_predicts(path):
     kind = path.stem.split("_")[0]
     has_masks = "mask" in path.stem or kind == "panoptic"
     assert ("loss_mask" in losses) == has_masks
-    assert ("loss_sem_seg" in losses) == (kind in ("panoptic", "semantic"))
-    assert isinstance(model.backbone, CarafeFPN) == ("carafe" in path.stem)
+    assert ("loss_sem_seg" in losses) == (kind in ("panoptic", "semantic", "upernet"))
+    assert isinstance(model.backbone, CarafeFPN) == ("carafe" in path.stem and kind != "upernet")
     packs = [name for name, m in model.named_modules() if isinstance(m, CARAFEPack)]
     expected = 0
     if "carafe" in path.stem:
-        pyramid = 3 if kind == "semantic" else 4
-        expected = pyramid + has_masks + 6 * ("loss_sem_seg" in losses)
+        pyramid = 3 if kind in ("semantic", "upernet") else 4
+        # In UPerNet, 4 in pyramid pooling and 3 in the fusion.
+        semantic_head = (7 if kind == "upernet" else 6) * ("loss_sem_seg" in losses)
+        expected = pyramid + has_masks + semantic_head
     assert len(packs) == expected
 
 
@@ -89,13 +91,17 @@ def test_2000_variants_differ_in_test_proposals_only(kind):
     assert base == variant
 
 
-@pytest.mark.parametrize("model", ["mask_rcnn_R50_FPN", "panoptic_fpn_R50", "semantic_R50_FPN"])
+@pytest.mark.parametrize(
+    "model", ["mask_rcnn_R50_FPN", "panoptic_fpn_R50", "semantic_R50_FPN", "upernet_R50_ade20k"]
+)
 def test_baselines_differ_in_the_upsamplers_only(model):
     baseline, carafe = (config(f"{model}{s}_1x") for s in ("", "_carafe"))
     for cfg in (baseline, carafe):
         cfg.defrost()
         cfg.OUTPUT_DIR = cfg.MODEL.BACKBONE.NAME = ""
         cfg.MODEL.ROI_MASK_HEAD.NAME = cfg.MODEL.SEM_SEG_HEAD.NAME = ""
+        for part in ("PPM", "FPN", "FUSE"):
+            cfg.MODEL.UPERNET[f"{part}_UPSAMPLE"] = ""
     assert baseline == carafe
 
 
@@ -235,3 +241,44 @@ def test_schedule_is_that_of_the_published_models(year, warmup_ratio):
     for iteration, rate in expected.items():
         scheduler.last_epoch = iteration
         assert scheduler.get_lr() == pytest.approx([rate]), iteration
+
+
+# Of the supplement of arXiv 1905.02188, and of the official code of UPerNet that it names.
+UPERNET_RECIPE = {
+    "MODEL.WEIGHTS": "detectron2://ImageNetPretrained/torchvision/R-50.pkl",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.RESNETS.DEPTH": 50,
+    "MODEL.RESNETS.NORM": "SyncBN",
+    "MODEL.RESNETS.RES5_DILATION": 1,
+    "MODEL.SEM_SEG_HEAD.NORM": "SyncBN",
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 512,
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 150,
+    "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT": 1.0,
+    "MODEL.UPERNET.AUX_LOSS_WEIGHT": 0.0,
+    "INPUT.MIN_SIZE_TRAIN": (300, 375, 450, 525, 600),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": "choice",
+    "INPUT.MAX_SIZE_TRAIN": 1200,
+    "INPUT.MIN_SIZE_TEST": 450,
+    "INPUT.MAX_SIZE_TEST": 1200,
+    "INPUT.RANDOM_FLIP": "horizontal",
+    "INPUT.CROP.ENABLED": False,
+    "SOLVER.IMS_PER_BATCH": 16,
+    "SOLVER.BASE_LR": 0.02,
+    "SOLVER.MOMENTUM": 0.9,
+    "SOLVER.WEIGHT_DECAY": 1e-4,
+    "SOLVER.WEIGHT_DECAY_BIAS": 0.0,
+    "SOLVER.WEIGHT_DECAY_NORM": 0.0,
+    "SOLVER.MAX_ITER": 20 * 5000,
+}
+
+
+def test_recipe_of_upernet():
+    cfg = load_config("upernet_R50_ade20k_1x")
+    for key, expected in UPERNET_RECIPE.items():
+        assert functools.reduce(getattr, key.split("."), cfg) == expected, key
+    scheduler = train_net.Trainer.build_lr_scheduler(
+        cfg, torch.optim.SGD([torch.zeros(1)], lr=cfg.SOLVER.BASE_LR)
+    )
+    for iteration in (0, 1, 50000, 99999):
+        scheduler.last_epoch = iteration
+        assert scheduler.get_lr() == pytest.approx([0.02 * (1 - iteration / 100000) ** 0.9])

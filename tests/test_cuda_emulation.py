@@ -3,15 +3,23 @@
 The emulator (`cuda_emulation/`, tested by test_cuda_emulator.py) plays CUDA's execution model, and
 `emulated_kernels.cpp` launches the kernels as csrc/cuda/carafe_cuda.cu does. Every case is compared
 with the definition, and runs with the threads in opposite orders, which must not change a bit.
+
+With CARAFE_D2_PTX=compute_80, or another virtual architecture, what nvcc makes of the kernels runs
+in their place, through a translator of PTX (`cuda_emulation/ptx.py`, tested by test_ptx.py).
 """
 
 import ctypes
 import itertools
 import os
 import platform
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,7 +36,9 @@ from carafe_d2.reference import (
 )
 from carafe_d2.testing import extreme_logits
 
-SOURCE = Path(__file__).parent / "cuda_emulation" / "emulated_kernels.cpp"
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "tests" / "cuda_emulation" / "emulated_kernels.cpp"
+PTX = "CARAFE_D2_PTX"  # the virtual architecture whose PTX all tests are to run
 SANITIZED = "CARAFE_D2_SANITIZED_EMULATION"  # the library that a process of its own tests
 TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # enum Type in csrc/carafe.h
 F64, F32, F16, BF16 = TYPES
@@ -69,6 +79,7 @@ Device = struct(
     ("order", ctypes.c_uint),
     ("multiprocessors", ctypes.c_int),
     ("general_blocks", ctypes.c_uint),
+    ("tensor_cores", ctypes.c_bool),
 )
 
 
@@ -103,16 +114,62 @@ def compiled(folder: Path, *flags: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def emulation(tmp_path_factory) -> ctypes.CDLL:
-    library = os.environ.get(SANITIZED) or compiled(tmp_path_factory.mktemp("emulation"), "-O1")
-    return load(library)
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("emulation")
+
+
+@pytest.fixture(scope="module")
+def emulation(folder) -> Iterator[ctypes.CDLL]:
+    library = load(os.environ.get(SANITIZED) or compiled(folder, "-O1"))
+    if architecture := os.environ.get(PTX):
+        ptx = compile_to_ptx(ROOT / "csrc" / "cuda" / "carafe_cuda.cu", architecture, folder)
+        with replaced_kernels(library, Translation(ptx, folder)):
+            yield library
+    else:
+        yield library
 
 
 def load(library: str | Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     for function in (loaded.emulate_forward, loaded.emulate_backward, loaded.take_launched):
         function.restype = ctypes.c_char_p
+    loaded.find_kernel = None
     return loaded
+
+
+Translation = runpy.run_path(str(SOURCE.with_name("ptx.py")))["Translation"]
+
+
+@contextmanager
+def replaced_kernels(library: ctypes.CDLL, translation: Translation) -> Iterator[None]:
+    """In there, translated ones run in the place of the library's."""
+
+    def find(name: bytes) -> int | None:
+        try:
+            return translation(name)
+        except Exception:  # which C++ could not pass on; it says which kernel is missing
+            traceback.print_exc()
+            return None
+
+    before = library.find_kernel
+    library.find_kernel = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_char_p)(find)
+    library.replace_kernels(library.find_kernel)
+    try:
+        yield
+    finally:
+        library.find_kernel = before
+        library.replace_kernels(before)
+
+
+def compile_to_ptx(source: Path, architecture: str, folder: Path) -> str:
+    """What nvcc makes of a source file, compiled as setup.py does."""
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    nvcc = setup["find_nvcc"]() or pytest.skip("needs nvcc")
+    target = folder / "kernels.ptx"
+    command = [*setup["compile_command"](source, nvcc, []), "-ptx", f"-arch={architecture}"]
+    include = ["-I", ROOT / "csrc" / "cuda"]
+    subprocess.run([*command, *include, source, "-o", target], check=True)
+    return target.read_text()
 
 
 # ------------------------------------------------------------------------------------------- cases
@@ -205,9 +262,10 @@ class Operator:
         order: int = FORWARD,
         multiprocessors: int = 2,
         general_blocks: int = 0,
+        tensor_cores: bool = True,
     ):
         self.library = library
-        self.device = Device(order, multiprocessors, general_blocks)
+        self.device = Device(order, multiprocessors, general_blocks, tensor_cores)
 
     def forward(self, case: Case, features, weights, grad_output) -> Tensor:
         out = poisoned(arranged(grad_output, "dense", case.channels_last))
@@ -407,6 +465,59 @@ def test_gradients_of_contiguous_maps_are_one_launch(emulation, wanted, fused):
     Operator(emulation).backward(case, *case.inputs(), wanted=wanted)
     (kernel,) = launched(emulation)
     assert kernel.startswith("contiguous::backward_kernel<5")
+    case = replace(case, shape=(2, 20, 5, 8), dtypes=(F16, F16))
+    Operator(emulation).backward(case, *case.inputs(), wanted=wanted)
+    (kernel,) = launched(emulation)
+    assert kernel.startswith("tensor_cores::backward_kernel<Half")
+
+
+TENSOR_CORE_CASES = [
+    Case((1, 1, 1, 2)),
+    Case((2, 40, 9, 12), group=2),
+    Case((1, 70, 5, 38)),
+    Case((1, 16, 13, 14), memory="unaligned"),
+    Case((2, 36, 4, 66), memory="cropped"),
+    Case((3, 8, 7, 8), memory="expanded"),
+]
+
+
+@OPERATORS
+@pytest.mark.parametrize("dtypes", [pair for pair in DTYPES if pair[0] in (F16, BF16)], ids=str)
+@pytest.mark.parametrize("case", TENSOR_CORE_CASES, ids=lambda case: str(case.shape))
+def test_half_types_with_tensor_cores_and_without(emulation, case, dtypes, fused):
+    case = replace(case, dtypes=dtypes, fused=fused)
+    for multiprocessors in (1, 132):
+        check(emulation, case, multiprocessors)
+        check(emulation, case, multiprocessors, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (Case(dtypes=(F16, F16)), "tensor_cores"),
+        (Case(dtypes=(BF16, F32)), "tensor_cores"),
+        (Case(dtypes=(F16, F32), fused=True), "tensor_cores"),
+        (Case(dtypes=(F16, F32)), "contiguous"),  # whose masks may be too large for float16
+        (Case(dtypes=(F32, F32)), "contiguous"),
+        (Case(dtypes=(F16, F16), kernel=3), "contiguous"),
+        (Case(dtypes=(F16, F16), scale=4), "contiguous"),
+        (Case(dtypes=(F16, F16), memory="unaligned"), "contiguous"),
+        (Case(dtypes=(F16, F16), channels_last=True), "channels_last"),
+    ],
+    ids=str,
+)
+def test_where_tensor_cores_are_used(emulation, case, expected):
+    assert kernels_of_case(emulation, replace(case, shape=(2, 20, 5, 8))) == {expected}
+
+
+def test_masks_beyond_float16(emulation):
+    case = Case((1, 16, 4, 8), dtypes=(F16, F32))
+    features, masks, grad_output = case.inputs()
+    inputs = features * 1e-3, masks * 1e5, grad_output * 1e-3
+    expected = case.expected(*inputs)[0]
+    torch.testing.assert_close(
+        Operator(emulation).forward(case, *inputs).double(), expected, rtol=2e-3, atol=1
+    )
 
 
 # ----------------------------------------------------------------------------- promises and limits
@@ -414,6 +525,7 @@ def test_gradients_of_contiguous_maps_are_one_launch(emulation, wanted, fused):
 TYPICAL = [
     Case((2, 40, 9, 11), kernel=5, group=2),
     Case((1, 36, 14, 14), kernel=5, dtypes=(F16, F16)),
+    Case((2, 40, 5, 38), kernel=5, group=2, dtypes=(BF16, BF16)),
     Case((1, 20, 6, 37), kernel=3, scale=4, dtypes=(BF16, F32)),
     Case((1, 24, 8, 8), kernel=7),
     Case((2, 12, 5, 5), kernel=3, scale=3),
@@ -501,7 +613,7 @@ def test_a_weight_that_is_not_finite_stays_in_its_window(
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_logits_far_from_zero(emulation, dtypes, general, kernel, channels_last):
     """Only the differences between logits count; what rounding leaves of them, counts in full."""
-    case = Case((1, 16, 2, 3), kernel, 1, 2, dtypes, channels_last, fused=True)
+    case = Case((1, 16, 2, 4), kernel, 1, 2, dtypes, channels_last, fused=True)
     features, logits, grad_output = case.inputs()
     operator = Operator(emulation, general_blocks=2 if general else 0)
     for extreme in extreme_logits(logits):
@@ -510,11 +622,99 @@ def test_logits_far_from_zero(emulation, dtypes, general, kernel, channels_last)
 
 
 @LAYOUTS
+@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
 @pytest.mark.parametrize(("kernel", "scale"), [(3, 2), (5, 2), (9, 2), (3, 1)])
-def test_maps_without_channels_give_weights_no_gradient(emulation, kernel, scale, channels_last):
-    case = Case((1, 0, 3, 4), kernel, scale=scale, channels_last=channels_last)
+def test_maps_without_channels_give_weights_no_gradient(
+    emulation, kernel, scale, dtype, channels_last
+):
+    case = Case((1, 0, 3, 4), kernel, 1, scale, (dtype, dtype), channels_last)
     _, gradient = Operator(emulation).backward(case, *case.inputs(), wanted=(False, True))
     assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+# ------------------------------------------------------------------------------- what nvcc makes
+
+# What the tests below run. To compile all kernels takes minutes: that is for CARAFE_D2_PTX.
+SOME_KERNELS = """
+#include "carafe.cuh"
+using namespace carafe_d2;
+void* const kernels[] = {
+    reinterpret_cast<void*>(contiguous::forward_kernel<5, float>),
+    reinterpret_cast<void*>(contiguous::backward_kernel<5, float>),
+    reinterpret_cast<void*>(tensor_cores::forward_kernel<Half, 16>),
+    reinterpret_cast<void*>(tensor_cores::backward_kernel<Half, 16>),
+    reinterpret_cast<void*>(channels_last::forward_kernel<3, float>),
+    reinterpret_cast<void*>(channels_last::backward_features_kernel<3, float>),
+    reinterpret_cast<void*>(channels_last::backward_weights_kernel<3, float>),
+    reinterpret_cast<void*>(general::forward_kernel<double, double, double>),
+    reinterpret_cast<void*>(general::normalizer_kernel<double, double>),
+    reinterpret_cast<void*>(general::backward_features_kernel<double, double, double>),
+    reinterpret_cast<void*>(general::backward_weights_kernel<double, double, double>),
+};
+"""
+HALF_STRIPS = Case((2, 20, 5, 16))  # so narrow that a warp has two of them beside each other
+TENSOR_CORES = Case((1, 20, 9, 14), dtypes=(F16, F16))
+CHANNELS_LAST = Case((2, 40, 5, 9), kernel=3, channels_last=True)
+PTX_CASES = [
+    HALF_STRIPS,
+    Case((1, 36, 9, 37), group=2),
+    Case((2, 20, 5, 9), memory="unaligned"),
+    TENSOR_CORES,
+    CHANNELS_LAST,
+    replace(CHANNELS_LAST, shape=(1, 32, 3, 11), scale=4),
+    Case((2, 12, 3, 5), scale=3, dtypes=(F64, F64)),
+    Case((2, 12, 5, 3), kernel=9, dtypes=(F64, F64), channels_last=True),
+]
+
+
+@pytest.fixture(scope="module")
+def some_ptx(folder) -> str:
+    source = folder / "some_kernels.cu"
+    source.write_text(SOME_KERNELS)
+    return compile_to_ptx(source, "compute_80", folder)
+
+
+@pytest.fixture(scope="module")
+def translation(some_ptx, folder) -> Translation:
+    return Translation(some_ptx, folder)
+
+
+@pytest.mark.slow
+@OPERATORS
+@pytest.mark.parametrize("case", PTX_CASES, ids=range(len(PTX_CASES)))
+def test_ptx(emulation, translation, case, fused):
+    with replaced_kernels(emulation, translation):
+        check(emulation, replace(case, fused=fused))
+
+
+# What to put in the place of what in the PTX, and how that is noticed.
+FAULTS = {
+    "no clamp": (CHANNELS_LAST, r"max\.s32\s+(\S+), (\S+), 0;", r"mov.b32 \1, \2;", "out of range"),
+    "no bounds of stores": (
+        HALF_STRIPS,
+        r"@%p\d+ bra \s*\S+;(?=(\n(?!\s*@).*){1,4}\n\s*st\.global\.v2)",
+        "",
+        "8-byte store to global memory at ptx:\\d+ is out of range, at byte .* of output",
+    ),
+    "no predicate": (HALF_STRIPS, "@p add", "add", "not close"),
+    "no segment": (HALF_STRIPS, r"(shfl\S+ x\|p, \S+ \S+) %r\d+", r"\1 31", "not close"),
+    "no barrier of warps": (HALF_STRIPS, r"bar\.warp\.sync[^;]*;", "", "race|before it was"),
+    "no wait for copies": (TENSOR_CORES, r"cp\.async\.wait_all;", "", "before it was"),
+    "no barrier": (HALF_STRIPS, r"bar\.sync[^;]*;", "", "race|before it was"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_in_ptx_are_noticed(emulation, some_ptx, fault, folder):
+    case, pattern, replacement, report = FAULTS[fault]
+    ptx, count = re.subn(pattern, replacement, some_ptx)
+    assert count > 0
+    with (
+        replaced_kernels(emulation, Translation(ptx, folder)),
+        pytest.raises(AssertionError, match=report),
+    ):
+        check(emulation, case)
 
 
 # ---------------------------------------------------------------------------------- sanitizers
@@ -528,6 +728,7 @@ def run_sanitized(tmp_path_factory, sanitizer_runtimes):
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1"]
     variables = {
         SANITIZED: str(compiled(folder, *flags)),
+        PTX: "",
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself and PyTorch never free some memory
         "LD_PRELOAD": runtimes,
         "PYTHONPATH": str(Path(carafe_d2.__file__).parents[1]),

@@ -132,6 +132,27 @@ def test_vectors_in_shared_memory(toys, order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_matrix_product_on_tensor_cores(toys, dtype, order):
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randn(16, 16, generator=generator).to(getattr(torch, dtype))
+    columns_of_b = torch.randn(8, 16, generator=generator).to(a.dtype)
+    for rows in (16, 11):
+        product = torch.empty(16, 8)
+        getattr(toys, f"tensor_cores_{dtype}")(order, a, columns_of_b, product, rows)
+        expected = a.float() @ columns_of_b.float().T
+        expected[rows:] = 0
+        torch.testing.assert_close(product, expected)
+
+
+def test_permuted_bytes(toys):
+    a, b = torch.tensor([[0x03020100, 0x01234567], [0x07060504, 0x456789AB]], dtype=torch.int32)
+    result = torch.empty_like(a)
+    toys.bytes(0, a, b, result, 2)
+    assert result.tolist() == [0x07060100, 0x45674567]
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_every_thread_of_a_grid_of_three_dimensions_runs_once(toys, order):
     grid, block = (ctypes.c_uint * 3)(2, 3, 4), (ctypes.c_uint * 3)(5, 3, 2)
     runs = torch.zeros(24, 30, dtype=torch.int32)
@@ -172,6 +193,9 @@ REPORTS = {
     "odd_width": r"__shfl_down_sync\(\) at toy_kernels.cpp:\d+ has width 12",
     # Shared memory
     "unwritten": r"thread \(9, 0, 0\): tile\[9\] is read before it was written",
+    "copies_without_wait": r"tile\[\d+\] is read before it was written",
+    "copies_too_early": r"data race on tile|tile\[\d+\] is read before it was written",
+    "copies_without_barrier": r"tile\[\d+\] is read before it was written|data race on tile",
     "left_by_another_block": r"block \(1, 0, 0\), .* tile\[\d+\] is read before it was written",
     "read_after_write": r"data race on tile\[39\]: (reads what thread \(39, 0, 0\) wrote|"
     r"overwrites what thread \(40, 0, 0\) read), without a barrier in between",

@@ -4,6 +4,7 @@ from torch.nn import functional as F
 
 import carafe_d2
 from carafe_d2 import CARAFEDownsample, CARAFEDownsamplePack
+from carafe_d2.upsample import NORMALIZERS
 
 
 def test_module_calls_its_operator():
@@ -25,6 +26,20 @@ def test_pack_is_compress_encode_softmax_reassemble(scale, size):
     kernels = kernels.view(2, 2, 1, 9, rows, columns).softmax(dim=3)
     neighbors = F.unfold(x, 3, padding=1, stride=scale).view(2, 2, 4, 9, rows, columns)
     torch.testing.assert_close(pack(x), (neighbors * kernels).sum(3).view(2, 8, rows, columns))
+
+
+@pytest.mark.parametrize("compressed_channels", [0, 8])
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_every_normalizer_reassembles_with_its_masks(normalizer, compressed_channels):
+    options = {"normalizer": normalizer, "compressed_channels": compressed_channels}
+    pack = CARAFEDownsamplePack(4, 2, down_kernel=3, down_group=2, **options)
+    torch.nn.init.normal_(pack.content_encoder.weight)
+    x = torch.randn(2, 4, 7, 6)
+    masks = pack.masks(pack.content_encoder(pack.channel_compressor(x)))
+    torch.testing.assert_close(pack(x), carafe_d2.carafe_downsample(x, masks, 3, 2, 2))
+    sums = masks.unflatten(1, (2, 9)).sum(2)
+    is_normalized = normalizer in ("softmax", "normalized_sigmoid")
+    assert torch.allclose(sums, torch.ones(())) == is_normalized
 
 
 def test_a_fresh_pack_is_nearly_a_mean():
@@ -71,7 +86,8 @@ def test_pack_can_be_copied_and_runs_on_the_meta_device(clone):
         ({"down_kernel": 4}, "down_kernel must be odd, got 4"),
         ({"down_group": 3}, "down_group must divide channels = 8, got 3"),
         ({"scale_factor": 0}, "scale_factor must be an integer of at least 1, got 0"),
-        ({"compressed_channels": 0}, "compressed_channels must be an integer of at least 1"),
+        ({"compressed_channels": -1}, "compressed_channels must be an integer of at least 1"),
+        ({"normalizer": "relu"}, "normalizer must be one of softmax, sigmoid"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

@@ -82,6 +82,7 @@ def assert_all_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
 SMALL_CASES = [
     *(Case((2, 6, 5, 7), k, 1, s, F32) for k in (1, 3, 5, 7) for s in (1, 2, 3, 4)),
     *(Case((1, 24, 9, 33), k, 2, 2, t) for k in (3, 5, 7) for t in (F32, F16, BF16)),
+    *(Case((1, 40, 9, 38), 5, 2, 2, t) for t in (F16, BF16)),  # on tensor cores
     Case((1, 8, 4, 4), kernel=9, scale=5, dtype=F32),
     Case((1, 70, 10, 12), kernel=5, dtype=F16, kernels_dtype=F32),
     Case((2, 12, 6, 5), kernel=5, group=3, dtype=F64),

@@ -26,6 +26,7 @@ def saved(*overrides, datasets=()):
     ("key", "value"),
     [
         ("MODEL.FPN.UPSAMPLE", "bilinear"),
+        ("MODEL.UPERNET.PPM_UPSAMPLE", "bilinear"),
         ("MODEL.CARAFE.ENCODER_DILATION", 2),
         ("MODEL.PIXEL_STD", [57.375, 57.12, 58.395]),
         ("MODEL.ANCHOR_GENERATOR.SIZES", [[16, 32]]),

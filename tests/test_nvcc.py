@@ -20,7 +20,7 @@ from carafe_d2.collect_env import OLDEST_DRIVERS, build_info
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "operator-cuda"
-ARCHS = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+ARCHS = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]
 SASS_ARCH = "sm_80"  # whose machine code is looked into
 
 setup = runpy.run_path(str(ROOT / "setup.py"))
@@ -199,6 +199,24 @@ def test_no_kernel_uses_atomics(machine_code):
     """Sums in an order that changes from run to run would not be bitwise deterministic."""
     pattern = re.compile(r"\b(?:ATOM|ATOMG|ATOMS|RED)\.")
     assert not [name for name, code in machine_code.items() if pattern.search(code)]
+
+
+# LD.E and ST.E, where LDG and STG are for global memory, LDS and STS for shared memory.
+GENERIC = re.compile(r"\b(?:LD|ST)(?:\.\w+)* ")
+
+
+def test_every_load_and_store_knows_its_memory(machine_code):
+    """The others look at each address first, and wait for both global and shared memory."""
+    assert not [name for name, code in machine_code.items() if GENERIC.search(code)]
+
+
+def test_generic_loads_and_stores_are_noticed(tmp_path):
+    source, output = tmp_path / "generic.cu", tmp_path / "generic.cubin"
+    source.write_text('__global__ void generic(float* x) { asm("" : "+l"(x)); x[0] += 1; }\n')
+    compile_for(source, SASS_ARCH, output)
+    command = [find_tool("cuobjdump"), "-sass", output]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [found.split(".")[0] for found in GENERIC.findall(listing)] == ["LD", "ST"]
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward_features", "backward_weights"])

@@ -4,12 +4,15 @@ import functools
 import pickle
 import re
 import threading
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, fx, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from torchvision.models import segmentation
@@ -82,6 +85,10 @@ UNETS = {
 EVERY_UNET = pytest.mark.parametrize(("build", "names"), UNETS.values(), ids=UNETS)
 
 
+def fail(error):
+    raise error
+
+
 def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -113,7 +120,7 @@ def test_unet_is_changed_by_name_and_trains(build, names):
     torch.manual_seed(0)
     model, x = build(), torch.randn(2, 3, 32, 32)
     before = count(model)
-    report = replace_upsampling(model, x, compressed_channels=8)
+    report = replace_upsampling(model, x, compressed_channels=8, normalizer="sigmoid")
     packs = [m for m in model.modules() if isinstance(m, CARAFEPack)]
     assert [site.name for site in report] == names
     assert [(site.channels, site.scale) for site in report] == [(32, 2), (16, 2)]
@@ -121,6 +128,7 @@ def test_unet_is_changed_by_name_and_trains(build, names):
     assert report.left_alone == []
     assert type(model) is UNet and model.training
     assert [(p.channels, p.compressed_channels) for p in packs] == [(32, 8), (16, 8)]
+    assert {p.normalizer for p in packs} == {"sigmoid"}
     assert model(torch.randn(2, 3, 48, 64)).shape == (2, 5, 48, 64)
 
     F.cross_entropy(model(x), torch.randint(5, (2, 32, 32))).backward()
@@ -405,6 +413,12 @@ class OwnDeconv(nn.ConvTranspose2d):
     pass
 
 
+def with_attribute(module, **attributes):
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
 class Iterating(nn.Sequential):
     def forward(self, x):
         return F.interpolate(super().forward(x), scale_factor=2)
@@ -429,6 +443,37 @@ LEFT_ALONE = {
     "deconv size": (lambda: nn.ConvTranspose2d(4, 4, 3, 2), MAP, r"\+1 x \+1 pixels off"),
     "deconv groups": (lambda: nn.ConvTranspose2d(4, 8, 2, 2, groups=2), MAP, "2 groups that ch"),
     "deconv class": (lambda: OwnDeconv(4, 4, 2, 2), MAP, "OwnDeconv is a class of its own"),
+    "parametrized": (
+        lambda: parametrizations.spectral_norm(nn.ConvTranspose2d(4, 4, 2, 2)).eval(),
+        MAP,
+        "ParametrizedConvTranspose2d is a class of its own",
+    ),
+    "pruned": (
+        lambda: prune.l1_unstructured(nn.ConvTranspose2d(4, 4, 2, 2), "weight", 3),
+        MAP,
+        "its parameters are bias and weight_orig",
+    ),
+    "own forward": (
+        lambda: with_attribute(nn.Upsample(scale_factor=2), forward=nn.Upsample(None, 2).forward),
+        MAP,
+        "it was given a forward of its own",
+    ),
+    "own attribute": (
+        lambda: with_attribute(nn.Upsample(scale_factor=2), channels=3),
+        MAP,
+        "it was given a channels of its own",
+    ),
+    "own child": (
+        lambda: with_attribute(nn.ConvTranspose2d(4, 4, 2, 2), project=nn.Identity()),
+        MAP,
+        "it was given a project of its own",
+    ),
+    "own packs": (
+        lambda: with_attribute(Interpolate(), carafe_upsample=1),
+        MAP,
+        "Interpolate has a carafe_upsample of its own",
+    ),
+    "graph": (lambda: fx.symbolic_trace(Interpolate()), MAP, "GraphModule loses its forward hooks"),
 }
 
 
@@ -513,21 +558,241 @@ def test_wrong_arguments_are_named_and_change_nothing(arguments, message):
     assert isinstance(model.up2, nn.ConvTranspose2d)
 
 
-def test_error_in_the_example_changes_nothing():
-    model = unet_upsample()
-    with pytest.raises(RuntimeError, match="channels"):
-        replace_upsampling(model, torch.randn(1, 4, 16, 16))
-    assert isinstance(model.up2[0], nn.Upsample)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert all(m.training for m in model.modules())
+def test_model_that_is_distributed_already_is_refused():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(unet_upsample())
+        with pytest.raises(ValueError, match="would not synchronize new layers"):
+            replace_upsampling(model, torch.randn(1, 3, 16, 16))
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_transposed_convolution_that_the_model_finds_elsewhere_is_left_alone():
+    model = nn.ModuleDict({"up": nn.ConvTranspose2d(4, 4, 2, stride=2)})
+    hidden = model["up"]
+    model.forward = lambda x: hidden(x)
+    report = replace_upsampling(model, torch.randn(MAP))
+    assert reasons(report) == {"up": "the model calls it other than by its name"}
+    assert model["up"] is hidden
 
 
 def test_carafe_that_is_not_in_use_is_named():
     model = nn.ModuleDict({"up": nn.ConvTranspose2d(4, 4, 2, stride=2)})
-    hidden = model["up"]
-    model.forward = lambda x: hidden(x)
+    model.forward = torch.neg
     with pytest.warns(UserWarning, match="did not run up when the example was repeated"):
         replace_upsampling(model, torch.randn(MAP))
+
+
+def test_upsampling_that_is_left_alone_is_the_same_module():
+    up = nn.Upsample(scale_factor=2)
+    model = nn.Sequential(up, conv(4, 8), up)
+    assert names(replace_upsampling(model, torch.randn(MAP), exclude=["0"])) == ["2"]
+    assert model[0] is up
+
+
+def test_model_without_upsampling():
+    model = nn.Sequential(conv(3, 8), torch.jit.script(nn.Upsample(scale_factor=2.0)))
+    report = replace_upsampling(model, torch.randn(1, 3, 4, 4))
+    assert report == report.left_alone == []
+    assert str(report) == "nothing replaced: no upsampling was seen"
+
+
+# ------------------------------------------------------------------- several examples
+
+
+class Pool(nn.Module):
+    """Beside what it always doubles, a map pooled to 4 x 4 goes to the size of the input."""
+
+    def forward(self, x):
+        pooled = F.interpolate(F.adaptive_avg_pool2d(x, 4), size=x.shape[2:])
+        return F.interpolate(x + pooled, scale_factor=2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected", "reason"),
+    [
+        ([8], ["carafe_upsample.0", "carafe_upsample.1"], None),
+        ([8, 10], ["carafe_upsample.1"], "its factor, 2.5 x 2.5, is not one integer above 1"),
+        ([10, 8], ["carafe_upsample.1"], "its factor, 2.5 x 2.5, is not one integer above 1"),
+        ([12, 8], ["carafe_upsample.1"], "its factor is 2 or 3"),
+    ],
+    ids=str,
+)
+def test_what_is_doubled_by_chance_shows_with_several_examples(sizes, expected, reason):
+    model, examples = Pool(), [(torch.randn(1, 4, size, size),) for size in sizes]
+    report = replace_upsampling(model, examples, max_scale=4)
+    assert names(report) == expected
+    assert reasons(report).get("carafe_upsample.0") == reason
+    for example in examples:
+        model(*example)
+
+
+def test_calls_that_only_some_examples_make_are_left_alone():
+    class ToSize(nn.Module):
+        def forward(self, x):
+            return F.interpolate(x, size=(12, 12)) if x.shape[2] != 12 else x
+
+    model, examples = ToSize(), [(torch.randn(1, 4, n, n),) for n in (6, 12)]
+    assert reasons(replace_upsampling(model, examples)) == {
+        "carafe_upsample.*": "its calls differ from one run of the module to another"
+    }
+
+
+def test_examples_have_several_arguments():
+    class Add(nn.Module):
+        def forward(self, x, y):
+            return F.interpolate(x, scale_factor=2) + y
+
+    example = (torch.randn(MAP), torch.tensor(1.0))
+    assert len(replace_upsampling(Add(), example)) == 1
+    assert len(replace_upsampling(Add(), [example, example])) == 1
+
+
+# ------------------------------------------------------------- what others put on modules
+
+HOOKS = [
+    "forward_pre_hook",
+    "forward_hook",
+    "full_backward_pre_hook",
+    "full_backward_hook",
+    "state_dict_pre_hook",
+    "state_dict_post_hook",
+    "load_state_dict_pre_hook",
+    "load_state_dict_post_hook",
+]
+
+
+def use(model, x):
+    """Calls hooks of every kind."""
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    model(x).sum().backward()
+
+
+@pytest.mark.parametrize("in_two_places", [False, True])
+@pytest.mark.parametrize("build", [nn.Upsample, lambda **_: nn.ConvTranspose2d(4, 4, 2, 2)])
+def test_what_others_put_on_a_module_goes_over(build, in_two_places):
+    up = build(scale_factor=2).eval()
+    up.f, up.i, up.type, up.np = -1, 1, "up", 0
+    up.register_buffer("count", torch.ones(3))
+    up.register_buffer("temporary", torch.ones(3), persistent=False)
+    up.watch = nn.Identity()
+    called, handles = [], []
+    for kind in HOOKS:
+        hook = lambda module, *_, kind=kind: called.append((kind, module))  # noqa: E731
+        if kind == "load_state_dict_post_hook":
+            hook = lambda module, keys: called.append(("load_state_dict_post_hook", module))  # noqa: E731
+        handles.append(getattr(up, f"register_{kind}")(hook))
+    model, x = nn.Sequential(conv(4, 4), up), torch.randn(MAP)
+    if in_two_places:
+        model.append(up)
+    use(model, x)
+    assert {kind for kind, _ in called} == set(HOOKS)
+    keys = {key for key in model.state_dict() if "count" in key or "temporary" in key}
+
+    assert len(replace_upsampling(model, x)) >= 1
+    for new in model[1:]:
+        assert type(new) in (CARAFEPack, CARAFEConvTranspose2d)
+        assert (new.f, new.i, new.type, new.np) == (-1, 1, "up", 0)
+        assert new.watch is up.watch
+        assert not any(module.training for module in new.modules() if module is not up.watch)
+    assert {key for key in model.state_dict() if "count" in key or "temporary" in key} == keys
+    called.clear()
+    use(model, x)
+    assert {kind for kind, _ in called} == set(HOOKS)
+    assert {module for _, module in called} <= {*model}
+    use(copy.deepcopy(model), x)
+    for handle in handles:
+        handle.remove()
+    called.clear()
+    use(model, x)
+    assert called == []
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, lambda: torch.autocast("cpu")])
+def test_new_layers_can_be_trained_whatever_mode_they_are_made_in(context):
+    with context():
+        model, x = nn.Sequential(conv(4, 4), nn.Upsample(scale_factor=2)), torch.randn(MAP)
+        replace_upsampling(model, x)
+    assert {parameter.dtype for parameter in model[1].parameters()} == {torch.float32}
+    model[1](torch.randn(MAP)).sum().backward()
+
+
+# ------------------------------------------------------------------------ all or nothing
+
+
+class Restless(nn.Module):
+    """Every run of it leaves something behind; fails where it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.lazy, self.norm = nn.LazyConv2d(4, 1), nn.BatchNorm2d(4)
+        self.up, self.deconv = nn.Upsample(scale_factor=2), nn.ConvTranspose2d(4, 4, 2, 2)
+        self.shared = nn.Sequential(self.up, Interpolate())
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("expanded", torch.zeros(1).expand(3))
+        self.plain, self.seen, self.runs = torch.zeros(2), [], 0
+        self.fail_with = None
+
+    def forward(self, x):
+        self.norm.train()
+        x = self.norm(self.lazy(x))
+        self.steps.add_(1)
+        self.plain.data.mul_(2).add_(1)
+        self.seen.append(x)
+        self.runs += 1
+        self.new = x
+        self.late = nn.Identity()
+        self.shared.register_forward_hook(lambda *_: None)
+        x = self.deconv(self.shared(self.up(F.dropout(x))))
+        if self.fail_with and (self.fail_with != "with CARAFE" or not hasattr(self.up, "mode")):
+            raise self.fail_with if self.fail_with != "with CARAFE" else ValueError("no CARAFE")
+        return x
+
+
+def contents(value):
+    """What can be compared of attributes: tensors by identity and value, containers by items."""
+    if isinstance(value, torch.Tensor):
+        return id(value), type(value), None if is_lazy(value) else value.tolist()
+    if type(value) in (dict, OrderedDict):
+        return id(value), [(key, contents(item)) for key, item in value.items()]
+    if type(value) in (list, set):
+        return id(value), list(map(contents, value))
+    return value
+
+
+def state(model):
+    modules = [(n, m, type(m), contents(vars(m))) for n, m in model.named_modules()]
+    return modules, torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize(
+    ("fail_with", "error", "message"),
+    [
+        (ValueError("example"), RuntimeError, "Restless does not run on the example, so nothing"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        ("with CARAFE", RuntimeError, "does not run with CARAFE in it on the example, so nothing"),
+        ("second example", RuntimeError, "does not run on example 2 of 2, so nothing .* TypeError"),
+        *((where, MemoryError, None) for where in ("CARAFEPack", "inherit", "_Packs.attach")),
+    ],
+    ids=str,
+)
+def test_whatever_fails_leaves_the_model_as_it_was(fail_with, error, message, monkeypatch):
+    model, examples = Restless(), torch.randn(2, 3, 6, 6)
+    model.up.register_forward_hook(lambda *_: None)
+    if fail_with == "second example":
+        examples = [(examples,), ("no tensor",)]
+    elif error is MemoryError:
+        monkeypatch.setattr(f"carafe_d2.replace.{fail_with}", lambda *_, **__: fail(MemoryError))
+    else:
+        model.fail_with = fail_with
+    before = state(model)
+    with pytest.raises(error, match=message):
+        replace_upsampling(model, examples)
+    assert state(model) == before
+    monkeypatch.undo()
+    model.fail_with = None
+    assert len(replace_upsampling(model, torch.randn(2, 3, 6, 6))) == 4
 
 
 # -------------------------------------------- the model afterwards is like any other
@@ -559,10 +824,6 @@ def test_no_hook_takes_the_number_of_a_loaded_one(monkeypatch):
         loaded.register_forward_pre_hook(lambda *_: None)
         loaded.register_forward_hook(lambda *_: None)
     assert torch.equal(loaded(x), expected)
-
-
-def fail(error):
-    raise error
 
 
 @pytest.mark.filterwarnings("error")

@@ -5,7 +5,7 @@ from torch import nn
 
 from carafe_d2 import add_carafe_config
 from carafe_d2.errors import UserError
-from carafe_d2.solver import build_optimizer
+from carafe_d2.solver import build_lr_scheduler, build_optimizer
 
 
 def config(*overrides):
@@ -57,3 +57,22 @@ def test_adamw():
 def test_unknown_optimizer_is_named():
     with pytest.raises(UserError, match=r"SOLVER\.OPTIMIZER must be SGD or AdamW, got 'Adam'"):
         build_optimizer(config("SOLVER.OPTIMIZER", "Adam"), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(("warmup", "at_5"), [(0, 0.95**0.5), (10, 0.5 * 0.9**0.5)])
+def test_polynomial_schedule(warmup, at_5):
+    """Also after a warm-up it falls as if there had been none, which ends at its value."""
+    cfg = config("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.POLY_LR_POWER", "0.5")
+    cfg.merge_from_list(["SOLVER.MAX_ITER", "100", "SOLVER.WARMUP_ITERS", str(warmup)])
+    cfg.SOLVER.WARMUP_FACTOR = 0.0
+    scheduler = build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=1.0))
+    expected = {0: 0.0 if warmup else 1.0, 5: at_5, 10: 0.9**0.5, 75: 0.5, 100: 0.0}
+    for iteration, rate in expected.items():
+        scheduler.last_epoch = iteration
+        assert scheduler.get_lr() == pytest.approx([rate]), iteration
+
+
+def test_wrong_power_is_named():
+    cfg = config("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR", "SOLVER.POLY_LR_POWER", "0.0")
+    with pytest.raises(UserError, match=r"SOLVER\.POLY_LR_POWER must be positive, got 0\.0"):
+        build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=1.0))

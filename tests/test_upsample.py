@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import carafe_d2
-from carafe_d2 import CARAFE, CARAFENaive, CARAFEPack, build_upsampler
+from carafe_d2 import CARAFE, CARAFENaive, CARAFEPack, LazyCARAFEPack, build_upsampler, ops
 from carafe_d2.upsample import NORMALIZERS, UPSAMPLERS
 
 
@@ -17,6 +17,16 @@ def test_modules_call_their_operators():
     out = CARAFE(3, 2, 2)(features, masks)
     torch.testing.assert_close(out, carafe_d2.carafe_naive(features, masks, 3, 2, 2))
     torch.testing.assert_close(out, CARAFENaive(3, 2, 2)(features, masks))
+
+
+def test_ops_has_the_names_of_mmcv_ops_carafe():
+    from carafe_d2.ops import CARAFE, CARAFENaive, CARAFEPack, carafe, carafe_naive
+
+    modules = (CARAFE, CARAFENaive, CARAFEPack)
+    assert modules == (carafe_d2.CARAFE, carafe_d2.CARAFENaive, carafe_d2.CARAFEPack)
+    assert (carafe, carafe_naive) == (carafe_d2.carafe, carafe_d2.carafe_naive)
+    with pytest.raises(ImportError, match="CARAFEFunction"):
+        from carafe_d2.ops import CARAFEFunction  # noqa: F401
 
 
 NORMALIZE = {
@@ -36,11 +46,13 @@ def test_pack_is_compress_encode_shuffle_normalize_reassemble(normalizer, compre
     x = torch.randn(2, 8, 7, 5)
 
     compressed = pack.channel_compressor(x) if compressed_channels else x
-    kernels = F.pixel_shuffle(pack.content_encoder(compressed), 2)
+    logits = pack.content_encoder(compressed)
+    kernels = F.pixel_shuffle(logits, 2)
     kernels = NORMALIZE[normalizer](kernels.view(2, 2, 9, 14, 10))
     neighbors = F.unfold(x, 3, padding=1).view(2, 2, 4, 9, 7, 5)
     neighbors = neighbors.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2)
     expected = (neighbors * kernels.unsqueeze(2)).sum(dim=3).view(2, 8, 14, 10)
+    torch.testing.assert_close(pack.masks(logits), kernels.flatten(1, 2))
 
     torch.testing.assert_close(pack(x), expected)
 
@@ -110,6 +122,77 @@ def test_every_module_runs_on_the_meta_device(build, shapes):
     for tensor in (*tensors, *module.parameters()):
         assert tensor.grad.is_meta
         assert tensor.grad.shape == tensor.shape
+
+
+def test_lazy_pack_takes_its_channels_from_the_first_input():
+    lazy = LazyCARAFEPack(3, up_kernel=3, compressed_channels=16)
+    assert isinstance(lazy, CARAFEPack)
+    assert lazy.channels == 0
+    optimizer = torch.optim.SGD(lazy.parameters(), 0.1)  # may be made before
+    x = torch.randn(1, 12, 4, 5)
+    assert lazy(x).shape == (1, 12, 12, 15)
+    assert type(lazy) is CARAFEPack
+    assert type(lazy.channel_compressor) is torch.nn.Conv2d
+    assert lazy.channels == lazy.channel_compressor.in_channels == 12
+    assert 0.1 < lazy.channel_compressor.weight.abs().max() <= (6 / (12 + 16)) ** 0.5
+    assert not lazy.channel_compressor.bias.any()
+
+    pack = CARAFEPack(12, 3, up_kernel=3, compressed_channels=16)
+    pack.load_state_dict(lazy.state_dict())
+    assert torch.equal(pack(x), lazy(x))
+    lazy(x).square().sum().backward()
+    optimizer.step()
+    for name, p in lazy.named_parameters():
+        assert not torch.equal(p, pack.get_parameter(name)), name
+
+
+def test_lazy_pack_keeps_what_was_loaded_or_set_before_the_first_forward(clone):
+    pack = CARAFEPack(4, 2)
+    torch.nn.init.normal_(pack.content_encoder.weight)
+    x = torch.randn(1, 4, 5, 6)
+    lazy = LazyCARAFEPack()
+    lazy.load_state_dict(pack.state_dict())
+    assert torch.equal(clone(lazy)(x), pack(x))
+    assert torch.equal(lazy(x), pack(x))
+    assert lazy.channels == lazy.channel_compressor.in_channels == 4
+
+    lazy = LazyCARAFEPack()
+    torch.nn.init.normal_(lazy.content_encoder.weight)
+    weight = lazy.content_encoder.weight.clone()
+    lazy(x)
+    assert torch.equal(lazy.content_encoder.weight, weight)
+
+
+def test_lazy_pack_can_be_copied_counted_and_moved_before_the_first_forward(clone):
+    lazy = LazyCARAFEPack()
+    encoder = sum(p.numel() for p in lazy.content_encoder.parameters())
+    assert sum(p.numel() for p in lazy.parameters()) == encoder
+    copy = clone(lazy).double()
+    assert copy(torch.randn(1, 4, 5, 6, dtype=torch.float64)).dtype == torch.float64
+    assert type(copy) is CARAFEPack
+    assert type(lazy) is LazyCARAFEPack
+    with pytest.raises(RuntimeError, match="group_size: expected a divisor"):
+        LazyCARAFEPack(up_group=3)(torch.zeros(1, 4, 5, 6))
+
+
+def test_initialization_as_in_mmcv():
+    conv = torch.nn.Conv2d(40, 60, 3)
+    xavier = (2 / (9 * 40 + 9 * 60)) ** 0.5  # its deviation
+    ops.xavier_init(conv, gain=2, bias=0.5)
+    assert conv.weight.std().item() == pytest.approx(2 * xavier, rel=0.05)
+    assert conv.weight.abs().max() > 2 * xavier * 3**0.5
+    ops.xavier_init(conv, distribution="uniform")
+    assert conv.weight.std().item() == pytest.approx(xavier, rel=0.05)
+    assert conv.weight.abs().max() <= xavier * 3**0.5
+    assert not conv.bias.any()
+    ops.normal_init(conv, mean=1, std=0.01, bias=2)
+    assert conv.weight.mean().item() == pytest.approx(1, rel=0.001)
+    assert conv.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert torch.equal(conv.bias, torch.full((60,), 2.0))
+    ops.normal_init(torch.nn.Conv2d(2, 2, 1, bias=False))
+    ops.xavier_init(torch.nn.ReLU())
+    with pytest.raises(ValueError, match="distribution must be normal or uniform, got 'other'"):
+        ops.xavier_init(conv, distribution="other")
 
 
 def lively_pack() -> CARAFEPack:

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 r"""Draws what a model detects in images and videos, and saves it in COCO's result format.
 
+Of a model for semantic segmentation it draws the classes of the pixels.
+
 Examples:
     python tools/predict.py --config-file configs/shapes_mask_rcnn_R18_FPN_carafe.yaml \
         --input datasets/shapes/val --output output/predicted \
@@ -35,9 +37,11 @@ import cv2
 import numpy as np
 from detectron2.data import Metadata
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.modeling import SemanticSegmentor
 from detectron2.structures import Instances
 from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
+from torch import Tensor
 from tqdm import tqdm
 
 from carafe_d2.config import load_config
@@ -45,6 +49,7 @@ from carafe_d2.errors import UserError, exit_on_user_error
 from carafe_d2.files import write_file
 from carafe_d2.inference import (
     Predictor,
+    draw_prediction,
     known_dataset,
     named_mistakes,
     read_image,
@@ -199,7 +204,7 @@ Key = TypeVar("Key")
 
 def predictions(
     predictor: Predictor, images: Iterable[tuple[Key, np.ndarray]], batch_size: int
-) -> Iterator[tuple[Key, np.ndarray, Instances]]:
+) -> Iterator[tuple[Key, np.ndarray, Instances | Tensor]]:
     """Predicts one batch after the other.
 
     Args:
@@ -207,13 +212,13 @@ def predictions(
         batch_size: how many are predicted at once.
 
     Yields:
-        Each image again, with what was found in it.
+        Each image again, with its prediction as :class:`Predictor` gives it.
     """
     images = iter(images)
     while batch := list(itertools.islice(images, batch_size)):
         found = predictor([image for _, image in batch])
-        for (key, image), instances in zip(batch, found, strict=True):
-            yield key, image, instances
+        for (key, image), prediction in zip(batch, found, strict=True):
+            yield key, image, prediction
 
 
 def predict_images(
@@ -243,16 +248,17 @@ def predict_images(
     described: list[dict] = []
     metadata = predictor.metadata
     try:
-        for file, image, instances in predictions(predictor, read(), args.batch_size):
+        for file, image, prediction in predictions(predictor, read(), args.batch_size):
             height, width = image.shape[:2]
             described.append(
                 {"id": ids[file], "file_name": file.name, "height": height, "width": width}
             )
-            results += to_coco(instances, ids[file], metadata)
+            if args.json:
+                results += to_coco(prediction, ids[file], metadata)
             if not args.no_images:
                 np.random.seed(0)  # of the visualizer's colors: the same ones in every run
                 visualizer = Visualizer(image, metadata, scale=(args.width or width) / width)
-                drawn = visualizer.draw_instance_predictions(instances)
+                drawn = draw_prediction(visualizer, prediction)
                 save_image(outputs[file], drawn.get_image())
     finally:
         if args.json:
@@ -313,11 +319,12 @@ def predict_video(predictor: Predictor, file: Path, output: Path, args: argparse
     results: list[dict] = []
     writer = None
     try:
-        for number, frame, instances in predictions(predictor, progress, args.batch_size):
-            results += to_coco(instances, number, predictor.metadata)
+        for number, frame, prediction in predictions(predictor, progress, args.batch_size):
+            if args.json:
+                results += to_coco(prediction, number, predictor.metadata)
             if args.no_images:
                 continue
-            drawn = visualizer.draw_instance_predictions(frame, instances).get_image()
+            drawn = draw_prediction(visualizer, frame, prediction).get_image()
             # The codec halves the colors' resolution and drops what is odd of the sides.
             height, width = drawn.shape[:2]
             drawn = cv2.copyMakeBorder(drawn, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
@@ -341,8 +348,8 @@ def show_camera(predictor: Predictor) -> None:
     frames = frames_of(cv2.VideoCapture(0), "the first camera")
     visualizer = VideoVisualizer(predictor.metadata)
     try:
-        for _, frame, instances in predictions(predictor, enumerate(frames), batch_size=1):
-            drawn = visualizer.draw_instance_predictions(frame, instances).get_image()
+        for _, frame, prediction in predictions(predictor, enumerate(frames), batch_size=1):
+            drawn = draw_prediction(visualizer, frame, prediction).get_image()
             cv2.imshow("carafe_d2, Esc ends", cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
             if cv2.waitKey(1) == 27:
                 return
@@ -437,6 +444,8 @@ def predict(args: argparse.Namespace) -> None:
             "register it by DATASETS.REGISTER, or give --annotations"
         )
     predictor = Predictor(cfg, metadata)
+    if args.json and isinstance(predictor.model, SemanticSegmentor):
+        raise UserError("--json saves detections, but this model tells only the classes of pixels")
 
     skipped = []
 

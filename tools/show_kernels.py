@@ -33,7 +33,6 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from carafe_d2 import CarafeFPN, CARAFEPack, carafe
 from carafe_d2.config import load_config
@@ -56,8 +55,8 @@ class Upsampling:
         fine, coarse: names of the levels, e.g. "p2" and "p3".
         scale: upsampling ratio.
         stride: side of a cell of the coarse level in pixels of the model's input.
-        masks: (groups, k*k, scale * H, scale * W) for a coarse level of (H, W), float32; sums to
-            one over the k*k taps.
+        masks: (groups, k*k, scale * H, scale * W) for a coarse level of (H, W), float32; with
+            softmax they sum to one over the k*k taps.
     """
 
     fine: str
@@ -81,14 +80,16 @@ class Upsampling:
         return self.masks[:, :, row, column].mean(dim=0).view(k, k).numpy()
 
 
-def predict_kernels(predictor: Predictor, image: np.ndarray) -> tuple[Instances, list[Upsampling]]:
-    """Runs a detector on an image and keeps the kernels of its feature pyramid.
+def predict_kernels(
+    predictor: Predictor, image: np.ndarray
+) -> tuple[Instances | Tensor, list[Upsampling]]:
+    """Runs a model on an image and keeps the kernels of its feature pyramid.
 
     Args:
         image: RGB, (H, W, 3), uint8.
 
     Returns:
-        What it detects, and the steps of the top-down path from the finest on.
+        What it predicts, and the steps of the top-down path from the finest on.
 
     Raises:
         UserError: the model's backbone is no pyramid that upsamples with CARAFE.
@@ -110,15 +111,14 @@ def predict_kernels(predictor: Predictor, image: np.ndarray) -> tuple[Instances,
     with contextlib.ExitStack() as hooks:
         for pack in packs:
             hooks.enter_context(pack.content_encoder.register_forward_hook(keep))
-        (instances,) = predictor([image])
+        (prediction,) = predictor([image])
 
     steps = []
     for pack, ((fine, _), (coarse, shape)) in zip(packs, itertools.pairwise(levels), strict=True):
-        output = logits[pack.content_encoder][0].float().cpu()
-        shuffled = F.pixel_shuffle(output, pack.scale_factor)
-        masks = shuffled.unflatten(0, (pack.up_group, pack.up_kernel**2)).softmax(dim=1)
+        (masks,) = pack.masks(logits[pack.content_encoder].float().cpu())
+        masks = masks.unflatten(0, (pack.up_group, pack.up_kernel**2))
         steps.append(Upsampling(fine, coarse, pack.scale_factor, shape.stride, masks))
-    return instances, steps
+    return prediction, steps
 
 
 def accumulate(steps: list[Upsampling], row: int, column: int) -> list[np.ndarray]:
@@ -352,10 +352,12 @@ def run(args: argparse.Namespace) -> None:
                 f"--points: {x},{y} is outside of {args.input}, {width} x {height} pixels"
             )
     predictor = Predictor(cfg)
-    instances, steps = predict_kernels(predictor, image)
+    prediction, steps = predict_kernels(predictor, image)
     if not points:
-        points = innermost_points(instances, DEFAULT_POINTS) or [(width // 2, height // 2)]
-        where = "the best detections" if len(instances) else "the middle: nothing is detected"
+        if isinstance(prediction, Instances):
+            points = innermost_points(prediction, DEFAULT_POINTS)
+        where = "the best detections" if points else "the middle: nothing is detected"
+        points = points or [(width // 2, height // 2)]
         print(f"points {' '.join(f'{x},{y}' for x, y in points)}, in {where}")
 
     picture = io.BytesIO()

@@ -13,13 +13,21 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 
 from carafe_d2.config import load_config
 from carafe_d2.data.build import check_datasets
 from carafe_d2.data.register import dataset_name
 from carafe_d2.errors import UserError, exit_on_user_error
-from carafe_d2.inference import Predictor, contact_sheet, named_mistakes, read_image, save_image
+from carafe_d2.inference import (
+    Predictor,
+    contact_sheet,
+    draw_prediction,
+    named_mistakes,
+    read_image,
+    save_image,
+)
 
 
 def titled(image: np.ndarray, title: str) -> np.ndarray:
@@ -34,21 +42,24 @@ def draw_pair(predictor: Predictor, record: dict, threshold: float, width: int) 
 
     Args:
         record: the image's entry in Detectron2's dataset format.
-        threshold: the lowest score that is drawn.
+        threshold: the lowest score that is drawn, of instances.
         width: width in pixels of each of the two pictures.
 
     Returns:
         RGB image (height, 2 * width + 8, 3), uint8.
     """
     image = read_image(record["file_name"])
-    (instances,) = predictor([image])
-    instances = instances[instances.scores >= threshold]
+    (prediction,) = predictor([image])
+    title = "predictions"
+    if isinstance(prediction, Instances):
+        prediction = prediction[prediction.scores >= threshold]
+        title += f", score >= {threshold}"
 
     metadata, scale = predictor.metadata, width / image.shape[1]
     truth = Visualizer(image, metadata, scale=scale).draw_dataset_dict(record)
-    predictions = Visualizer(image, metadata, scale=scale).draw_instance_predictions(instances)
+    predicted = draw_prediction(Visualizer(image, metadata, scale=scale), prediction)
     left = titled(truth.get_image(), f"ground truth: {os.path.basename(record['file_name'])}")
-    right = titled(predictions.get_image(), f"predictions, score >= {threshold}")
+    right = titled(predicted.get_image(), title)
     return np.concatenate([left, np.full((len(left), 8, 3), 255, np.uint8), right], axis=1)
 
 

@@ -1,6 +1,8 @@
 """Where the `shapes` dataset lies, what its classes are, and its registration with Detectron2."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from ..errors import UserError
@@ -8,6 +10,7 @@ from ..errors import UserError
 SPLITS = ("train", "val")
 HOW_TO_GET = "generate it with `python -m carafe_d2.data.shapes`"
 CATEGORIES = ("disc", "ring", "star", "cross", "crescent", "blob")  # COCO ids are 1-based
+LABELS = ("background", *CATEGORIES)  # of pixels, by the value in the label images
 
 
 def datasets_root(root: str | os.PathLike | None = None) -> Path:
@@ -20,13 +23,19 @@ def image_dir(root: Path, split: str) -> Path:
     return root / "shapes" / split
 
 
+def label_dir(root: Path, split: str) -> Path:
+    """Returns the folder of a split's label images, below the datasets root."""
+    return root / "shapes" / f"{split}_labels"
+
+
 def annotation_file(root: Path, split: str) -> Path:
     """Returns the COCO JSON of a split, below the datasets root."""
     return root / "shapes" / "annotations" / f"instances_{split}.json"
 
 
 def register_shapes(root: str | os.PathLike | None = None) -> None:
-    """Registers `shapes_train` and `shapes_val` with Detectron2.
+    """Registers `shapes_train` and `shapes_val` with Detectron2, and with the prefix
+    `shapes_sem_seg_` the same images with the class of every pixel, for semantic segmentation.
 
     Nothing is read until a dataset is used; using one that was not generated raises a
     :class:`~carafe_d2.errors.UserError`. A later call replaces the earlier registration;
@@ -35,27 +44,41 @@ def register_shapes(root: str | os.PathLike | None = None) -> None:
     Args:
         root: The folder that holds `shapes/`; default `$DETECTRON2_DATASETS`, else `datasets`.
     """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
     root = datasets_root(root)
     for split in SPLITS:
-        name = f"shapes_{split}"
-        if name in DatasetCatalog:
-            if MetadataCatalog.get(name).get("how_to_get") != HOW_TO_GET:
-                continue
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
         json_file, images = annotation_file(root, split), image_dir(root, split)
-        # Bound as defaults: the loop goes on before Detectron2 calls the function.
-        DatasetCatalog.register(name, lambda j=json_file, i=images, n=name: _load(j, i, n))
-        MetadataCatalog.get(name).set(
+        labels, name = label_dir(root, split), f"shapes_{split}"
+        _register(
+            name,
+            partial(_load, json_file, images, name),
             json_file=str(json_file),
             image_root=str(images),
             evaluator_type="coco",
-            how_to_get=HOW_TO_GET,
             thing_classes=list(CATEGORIES),
             thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(CATEGORIES))},
         )
+        name = f"shapes_sem_seg_{split}"
+        _register(
+            name,
+            partial(_load_labels, labels, images, name),
+            image_root=str(images),
+            sem_seg_root=str(labels),
+            evaluator_type="sem_seg",
+            stuff_classes=list(LABELS),
+            ignore_label=255,
+        )
+
+
+def _register(name: str, load: Callable[[], list[dict]], **metadata) -> None:
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    if name in DatasetCatalog:
+        if MetadataCatalog.get(name).get("how_to_get") != HOW_TO_GET:
+            return
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(how_to_get=HOW_TO_GET, **metadata)
 
 
 def _load(json_file: Path, images: Path, name: str) -> list[dict]:
@@ -66,9 +89,21 @@ def _load(json_file: Path, images: Path, name: str) -> list[dict]:
     """
     from detectron2.data.datasets import load_coco_json
 
-    if not json_file.is_file():
+    _check_exists(json_file, name)
+    return load_coco_json(str(json_file), str(images), name)
+
+
+def _load_labels(labels: Path, images: Path, name: str) -> list[dict]:
+    """As :func:`_load`, of the dataset for semantic segmentation."""
+    from detectron2.data.datasets import load_sem_seg
+
+    _check_exists(labels, name)
+    return load_sem_seg(str(labels), str(images), image_ext="png")
+
+
+def _check_exists(path: Path, name: str) -> None:
+    if not path.exists():
         raise UserError(
-            f"dataset {name!r}: {json_file.absolute()} does not exist; {HOW_TO_GET}, or set "
+            f"dataset {name!r}: {path.absolute()} does not exist; {HOW_TO_GET}, or set "
             "DETECTRON2_DATASETS to the folder that holds shapes/"
         )
-    return load_coco_json(str(json_file), str(images), name)

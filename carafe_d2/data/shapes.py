@@ -1,4 +1,5 @@
-"""Generates `shapes`: a small instance segmentation dataset in COCO format.
+"""Generates `shapes`: a small instance segmentation dataset in COCO format, with label images for
+semantic segmentation beside it.
 
     python -m carafe_d2.data.shapes --train 1600 --val 200 --size 128
 
@@ -27,7 +28,15 @@ from tqdm import tqdm
 
 from ..errors import UserError, exit_on_user_error
 from ..files import write_file
-from .builtin import CATEGORIES, SPLITS, annotation_file, datasets_root, image_dir
+from .builtin import (
+    CATEGORIES,
+    LABELS,
+    SPLITS,
+    annotation_file,
+    datasets_root,
+    image_dir,
+    label_dir,
+)
 
 VERSION = 1  # raise when the same spec gives other images or annotations than before
 SUPERSAMPLE = 4  # shapes are drawn this much larger, then averaged down
@@ -266,10 +275,11 @@ def _file_name(index: int) -> str:
 
 
 def _is_complete(root: Path, spec: ShapesSpec) -> bool:
-    """Tells whether the split is there, was made from the same spec and lacks no image."""
+    """Tells whether the split is there, was made from the same spec and lacks no file."""
     try:
         found = json.loads(annotation_file(root, spec.split).read_bytes())["info"]["spec"]
         files = set(os.listdir(image_dir(root, spec.split)))
+        files &= set(os.listdir(label_dir(root, spec.split)))  # which have the images' names
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
     return found == dataclasses.asdict(spec) and files.issuperset(
@@ -292,6 +302,7 @@ def generate_split(root: str | os.PathLike, spec: ShapesSpec) -> bool:
     """
     root = Path(root)
     images, annotations = image_dir(root, spec.split), annotation_file(root, spec.split)
+    labels = label_dir(root, spec.split)
     try:
         if _is_complete(root, spec):
             print(f"complete already: {spec.images} images in {images}")
@@ -300,14 +311,16 @@ def generate_split(root: str | os.PathLike, spec: ShapesSpec) -> bool:
             print(f"not what is asked for, or images are missing: generating {images} anew")
         images.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{spec.split}.", dir=images.parent) as aside:
-            unfinished = Path(aside) / spec.split
-            unfinished.mkdir()
-            coco = _generate(unfinished, spec)
+            unfinished = {folder: Path(aside) / folder.name for folder in (images, labels)}
+            for folder in unfinished.values():
+                folder.mkdir()
+            coco = _generate(unfinished[images], unfinished[labels], spec)
             # Annotations of one spec must never lie beside images of another.
             annotations.unlink(missing_ok=True)
-            if images.exists():
-                shutil.rmtree(images)
-            unfinished.rename(images)
+            for folder, whole in unfinished.items():
+                if folder.exists():
+                    shutil.rmtree(folder)
+                whole.rename(folder)
     except OSError as error:
         path = error.filename or images
         raise UserError(f"cannot generate shapes: {path}: {error.strerror}") from error
@@ -316,16 +329,20 @@ def generate_split(root: str | os.PathLike, spec: ShapesSpec) -> bool:
     return True
 
 
-def _generate(folder: Path, spec: ShapesSpec) -> dict:
-    """Writes the images of a split into a folder; returns its COCO JSON."""
+def _generate(image_folder: Path, label_folder: Path, spec: ShapesSpec) -> dict:
+    """Writes images and label images of a split into two folders; returns its COCO JSON."""
     images: list[dict] = []
     annotations: list[dict] = []
     for index in tqdm(range(spec.images), desc=f"shapes/{spec.split}", unit="image"):
         image, objects = render(spec, index)
-        # Compression 1: hardly larger with grain in the image, and much quicker.
-        png = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
         name, side = _file_name(index), spec.size
-        (folder / name).write_bytes(png.tobytes())
+        labels = np.zeros((side, side), np.uint8)
+        for category, mask in objects:
+            labels[mask] = LABELS.index(category)
+        for folder, pixels in ((image_folder, image), (label_folder, labels)):
+            # Compression 1: hardly larger with grain in the image, and much quicker.
+            png = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1]
+            (folder / name).write_bytes(png.tobytes())
         images.append({"id": index + 1, "file_name": name, "height": side, "width": side})
         for category, mask in objects:
             annotations.append(

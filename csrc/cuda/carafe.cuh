@@ -1,14 +1,16 @@
 // The CUDA operator: which kernels do what. Nothing here or in what it includes knows PyTorch.
 //
 //   contiguous.cuh     (N, C, H, W) in memory: a lane is a source location
+//   tensor_cores.cuh   the same for half types, where the GPU has the instructions
 //   channels_last.cuh  (N, H, W, C) in memory: a lane is some channels
-//   general.cuh        whatever those two leave out, and downsampling
+//   general.cuh        whatever those leave out, and downsampling
 //
 // None uses atomics, so results are bitwise the same from run to run. A Launcher stands for the
 // device; the one of carafe_cuda.cu is CUDA's, that of tests/cuda_emulation runs on the host:
 //
 //   void launch(kernel, dim3 grid, int threads, arguments...)
 //   int multiprocessors()            of the device
+//   bool tensor_cores()              whether it has those of compute capability 8.0
 //   void* temporary(size_t bytes)    device memory that lives as long as the launcher
 #pragma once
 
@@ -16,12 +18,15 @@
 #include "contiguous.cuh"
 #include "dispatch.h"
 #include "general.cuh"
+#include "tensor_cores.cuh"
 
 namespace carafe_d2 {
 
 // There are specialized kernels for all but float64.
 template <typename Types>
 constexpr bool kSpecialized = sizeof(typename Types::Feature) < sizeof(double);
+template <typename Types>
+constexpr bool kHalfType = sizeof(typename Types::Feature) < sizeof(float);
 
 template <typename Launcher>
 void forward(Launcher& launcher, const Shape& shape, const Map& features, const Weights& weights,
@@ -30,6 +35,12 @@ void forward(Launcher& launcher, const Shape& shape, const Map& features, const 
     using Types = decltype(types);
     if constexpr (kSpecialized<Types>) {
       using T = typename Types::Feature;
+      if constexpr (kHalfType<Types>) {
+        if (shape.stride == 1 && !shape.channels_last &&
+            tensor_cores::forward<T>(launcher, shape, features, weights, output)) {
+          return;
+        }
+      }
       if (shape.stride == 1 &&
           (shape.channels_last
                ? channels_last::forward<T>(launcher, shape, features, weights, output)
@@ -49,12 +60,18 @@ void backward(Launcher& launcher, const Shape& shape, const Map& grad_output, co
     using Types = decltype(types);
     if constexpr (kSpecialized<Types>) {
       using T = typename Types::Feature;
+      if constexpr (kHalfType<Types>) {
+        if (shape.stride == 1 && !shape.channels_last &&
+            tensor_cores::backward<T>(launcher, shape, grad_output, features, weights,
+                                      grad_features, grad_weights)) {
+          return;
+        }
+      }
       if (shape.stride == 1 &&
-          (shape.channels_last
-               ? channels_last::backward<T>(launcher, shape, grad_output, features, weights,
-                                            grad_features, grad_weights)
-               : contiguous::backward<T>(launcher, shape, grad_output, features, weights,
-                                         grad_features, grad_weights))) {
+          (shape.channels_last ? channels_last::backward<T>(launcher, shape, grad_output, features,
+                                                            weights, grad_features, grad_weights)
+                               : contiguous::backward<T>(launcher, shape, grad_output, features,
+                                                         weights, grad_features, grad_weights))) {
         return;
       }
     }

@@ -43,11 +43,9 @@ class Launcher {
     check(cudaGetLastError());
   }
 
-  int multiprocessors() const {
-    int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
-    return count;
-  }
+  int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+
+  bool tensor_cores() const { return attribute(cudaDevAttrComputeCapabilityMajor) >= 8; }
 
   // PyTorch's allocator knows streams: what is freed here is used again only after the kernels.
   void* temporary(size_t bytes) {
@@ -59,6 +57,12 @@ class Launcher {
   }
 
  private:
+  int attribute(cudaDeviceAttr name) const {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, name, device_));
+    return value;
+  }
+
   int32_t device_;
   cudaStream_t stream_;
   std::vector<torch::stable::Tensor> temporaries_;

@@ -25,14 +25,14 @@
 
 namespace carafe_d2::contiguous {
 
-constexpr int kWarps = 4;  // of a block
-constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kBlocksPerMultiprocessor = 3;  // which leaves 168 registers to a thread
-constexpr int kTileWidth = 8, kTileHeight = 4;
-
-// The same for the backward, where a 7 x 7 kernel needs more registers.
+// Warps of a block, and blocks of a multiprocessor. Twelve warps leave 168 registers to a thread.
+constexpr int kForwardWarps = 4, kForwardBlocks = 3;
+// Fewer and larger ones normalize weights less often. A 7 x 7 kernel needs more registers.
 template <int k>
-constexpr int kBackwardBlocks = k == 7 ? 2 : kBlocksPerMultiprocessor;
+constexpr int kBackwardWarps = k == 7 ? 4 : 6;
+constexpr int kBackwardBlocks = 2;
+
+constexpr int kTileWidth = 8, kTileHeight = 4;
 
 // Weights of a 7 x 7 kernel for more subpixels than two would not fit into registers.
 template <int k>
@@ -178,9 +178,9 @@ class Window {
   Vector<float, kStage<k>> values_[kLoads];
 };
 
-// Floats of shared memory for the windows of a block.
+// Floats of shared memory for the windows of a warp.
 template <int k, typename T>
-constexpr int kWindows = kWarps * 2 * Window<k, T>::kSize;
+constexpr int kWindows = 2 * Window<k, T>::kSize;
 
 // Calls prefetch(count) and then body(count, corner) for every kStage channels of a warp, of which
 // `count` are left and those beyond are zero: `corner` is the index in shared memory of the features
@@ -239,10 +239,10 @@ __device__ __forceinline__ void stage_weights(const Weights& weights, int64_t of
 }
 
 template <int k, typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kForwardWarps* kWarpSize, kForwardBlocks)
     forward_kernel(Shape shape, Map features, Weights weights, Map output, int splits) {
   constexpr int P = kSubpixels<k>, kTaps = k * k;
-  SHARED_ARRAY(float, shared, kWeights<k> + (kWindows<k, T>));
+  SHARED_ARRAY(float, shared, kWeights<k> + kForwardWarps * (kWindows<k, T>));
   const Tile tile(shape, blockIdx.x, static_cast<int>(shape.subpixels() / P), splits);
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
 
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     taps[t] = shared.template get<P>((t * kWarpSize + lane) * P);
   }
 
-  const Range channels(shape, tile.split * kWarps + warp, splits * kWarps);
+  const Range channels(shape, tile.split * kForwardWarps + warp, splits * kForwardWarps);
   const bool inside = tile.has(shape, lane);
   T* target = first_output<T>(shape, output, tile, channels.begin, lane);
   const Pairs<P> pairs(shape, output, tile.pass);
@@ -299,7 +299,7 @@ __device__ __forceinline__ void backward_tile(const Shape& shape, const Map& gra
   constexpr int P = kSubpixels<k>, kTaps = k * k;
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
 
-  const Range channels(shape, warp, kWarps);
+  const Range channels(shape, warp, kBackwardWarps<k>);
   const bool inside = tile.has(shape, lane);
   const T* source = first_output<T>(shape, grad_output, tile, channels.begin, lane);
   const Pairs<P> pairs(shape, grad_output, tile.pass);
@@ -336,7 +336,8 @@ __device__ __forceinline__ void backward_tile(const Shape& shape, const Map& gra
         }
       });
 
-  for (int i = 0; i < kWarps; ++i) {  // one warp after the other, always in the same order
+  // One warp after the other, always in the same order
+  for (int i = 0; i < kBackwardWarps<k>; ++i) {
     if (warp == i) {
 #pragma unroll
       for (int t = 0; t < kTaps; ++t) {
@@ -436,9 +437,9 @@ struct Strips {
         std::max<int64_t>(1, divide_up(shape.width - kMargin, result.lanes - kMargin)));
     result.planes = shape.batch * shape.groups;
     result.channel_blocks =
-        static_cast<int>(divide_up(shape.group_channels(), kWarps * kStripChannels<k>));
+        static_cast<int>(divide_up(shape.group_channels(), kBackwardWarps<k> * kStripChannels<k>));
     // A band also reads the k - 1 rows around it: only as many bands as the GPU has room for.
-    const int64_t resident = int64_t(kBlocksPerMultiprocessor) * multiprocessors;
+    const int64_t resident = int64_t(kBackwardBlocks) * multiprocessors;
     const int64_t bands = std::max<int64_t>(1, 2 * resident / result.blocks_of_a_band());
     result.rows = static_cast<int>(
         std::max(divide_up(shape.height, bands), std::min<int64_t>(shape.height, 2 * kMargin)));
@@ -483,7 +484,8 @@ struct Band {
   __device__ __forceinline__ Band(const Shape& shape, const Strips& strips, unsigned block,
                                   int warp) {
     const int height = static_cast<int>(shape.height);
-    first_channel = (int64_t(block % strips.channel_blocks) * kWarps + warp) * kStripChannels<k>;
+    first_channel =
+        (int64_t(block % strips.channel_blocks) * kBackwardWarps<k> + warp) * kStripChannels<k>;
     block /= strips.channel_blocks;
     strip = static_cast<int>(block % strips.across);
     block /= strips.across;
@@ -492,6 +494,8 @@ struct Band {
     first_row = -min(begin, k / 2);
     end_row = min(rows + k / 2, height - begin);
     first_plane = int64_t(block / strips.bands) * strips.planes_of_a_warp();
+    // A warp that no channels are left for only provides weights.
+    if (first_channel >= shape.group_channels()) rows = 0;
   }
 
   __device__ __forceinline__ bool has(int row) const {
@@ -636,25 +640,28 @@ __device__ __forceinline__ void backward_strip(const Shape& shape, const Map& gr
 
 // ----------------------------------------------------------------------------- both gradients
 
-// How many blocks of a launch work on strips and on tiles. They take turns, evenly, and both kinds
-// go through the maps in the same order: whichever comes second to a part of the output's gradient
-// is likely to find it in the L2 cache.
+// How many blocks of a launch work on strips and on tiles. They take turns, and both kinds go through
+// the maps in the same order: whichever comes second to a part of the output's gradient is likely to
+// find it in the L2 cache. The last tenth of the blocks has tiles only, so far as there are any: a
+// strip takes several times as long, and one that begins last leaves the GPU to itself.
 struct Turns {
   unsigned strips, tiles;
 
   CARAFE_HOST_DEVICE unsigned blocks() const { return strips + tiles; }
   // Blocks for strips among the first ones.
-  CARAFE_HOST_DEVICE unsigned strips_of(unsigned first_blocks) const {
-    return static_cast<unsigned>(uint64_t(first_blocks) * strips / blocks());
+  __device__ __forceinline__ unsigned strips_of(unsigned first_blocks) const {
+    const uint64_t even = uint64_t(first_blocks) * strips / (blocks() - blocks() / 10);
+    return min(min(first_blocks, strips), static_cast<unsigned>(even));
   }
 };
 
 // Floats of shared memory: weights twice, or sums and windows.
 template <int k, typename T>
-constexpr int kBackwardShared = kWeights<k> + std::max(kWeights<k>, kWindows<k, T>);
+constexpr int kBackwardShared =
+    kWeights<k> + std::max(kWeights<k>, kBackwardWarps<k>* kWindows<k, T>);
 
 template <int k, typename T>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks<k>)
+__global__ void __launch_bounds__(kBackwardWarps<k>* kWarpSize, kBackwardBlocks)
     backward_kernel(Shape shape, Map grad_output, Map features, Weights weights, Map grad_features,
                     Weights grad_weights, Strips strips, Turns turns, bool aligned) {
   SHARED_ARRAY(float, shared, (kBackwardShared<k, T>));
@@ -698,12 +705,12 @@ bool forward(Launcher& launcher, const Shape& shape, const Map& features, const 
   return is_suited(shape, {features, output}) && with_kernel_size(shape, [&](auto k) {
            const int64_t blocks = tiles(shape) * shape.subpixels() / kSubpixels<k>;
            // Small maps have few tiles: there, several blocks share the channels of one.
-           const int64_t resident = int64_t(kBlocksPerMultiprocessor) * launcher.multiprocessors();
-           const int64_t most = divide_up(shape.group_channels(), 4 * kStage<k> * kWarps);
+           const int64_t resident = int64_t(kForwardBlocks) * launcher.multiprocessors();
+           const int64_t most = divide_up(shape.group_channels(), 4 * kStage<k> * kForwardWarps);
            const int splits =
                static_cast<int>(std::max<int64_t>(1, std::min(2 * resident / blocks, most)));
-           launch(launcher, forward_kernel<k, T>, blocks * splits, kThreads, shape, features,
-                  weights, output, splits);
+           launch(launcher, forward_kernel<k, T>, blocks * splits, kForwardWarps * kWarpSize, shape,
+                  features, weights, output, splits);
          });
 }
 
@@ -723,8 +730,8 @@ bool backward(Launcher& launcher, const Shape& shape, const Map& grad_output, co
     if (grad_weights) {
       turns.tiles = static_cast<unsigned>(tiles(shape) * shape.subpixels() / kSubpixels<k>);
     }
-    launch(launcher, backward_kernel<k, T>, turns.blocks(), kThreads, shape, grad_output, features,
-           weights, grad_features ? *grad_features : Map{},
+    launch(launcher, backward_kernel<k, T>, turns.blocks(), kBackwardWarps<k> * kWarpSize, shape,
+           grad_output, features, weights, grad_features ? *grad_features : Map{},
            grad_weights ? *grad_weights : Weights{}, strips, turns, pairs_aligned<T>(grad_output));
   });
 }

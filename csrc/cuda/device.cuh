@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <math.h>
+#include <type_traits>
 
 #include "../carafe.h"
 #include "../half.h"
@@ -56,12 +57,16 @@ __device__ __forceinline__ float reciprocal(float x) {
   return result;
 }
 
-// Keeps the compiler from taking apart how a pointer came about, to have sums that do not change in
-// a loop in registers, where none are left.
+// Keeps the compiler from taking apart how a value came about, to have sums that do not change in
+// a loop in registers, where none are left. Of a pointer it still knows that it leads to global
+// memory.
 template <typename T>
 __device__ __forceinline__ void forget_origin(T*& pointer) {
-  asm("" : "+l"(pointer));
+  size_t address = __cvta_generic_to_global(pointer);
+  asm("" : "+l"(address));
+  pointer = static_cast<T*>(__cvta_global_to_generic(address));
 }
+__device__ __forceinline__ void forget_origin(unsigned& value) { asm("" : "+r"(value)); }
 
 // Adds the value that lane + delta has, or lane - delta, where that lane is one of the same `width`
 // lanes. The shuffle knows whether it is, so nobody has to compute that.
@@ -78,6 +83,70 @@ __device__ __forceinline__ void add_from_below(float& sum, float value, int delt
       " shfl.sync.up.b32 x|p, %1, %2, %3, 0xffffffff; @p add.f32 %0, %0, x;}"
       : "+f"(sum)
       : "f"(value), "r"(delta), "r"((kWarpSize - width) << 8));
+}
+
+// The rest is for GPUs of compute capability 8.0 and later; kernels that use it run on no other.
+
+// Begins to copy words, which have to be aligned; zeros where they are not wanted, and nothing is
+// read. They are there after wait_for_copies() for the thread itself, for others after a barrier.
+template <int kWords>
+__device__ __forceinline__ void copy_async(const SharedArray<uint32_t>& shared, int index,
+                                           const void* source, bool wanted) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+               :
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared.data + index))),
+                 "l"(__cvta_generic_to_global(source)), "n"(kWords * 4),
+                 "r"(wanted ? kWords * 4 : 0)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Two values in a word, the first one in the lower half.
+template <typename T>
+__device__ __forceinline__ uint32_t to_word(float first, float second) {
+#if __CUDA_ARCH__ >= 800
+  uint32_t word;
+  if constexpr (std::is_same_v<T, Half>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  }
+  return word;
+#else
+  return 0;
+#endif
+}
+
+// c += a * b, for matrices of a warp: a is 16 x 16, b 16 x 8. With g = lane / 4 and i = lane % 4, a
+// lane has of each, as words of two values where these are of 16 bits:
+//
+//     a[0], a[1]   row g and row g + 8, values 2 * i and 2 * i + 1
+//     a[2], a[3]   the same rows, values 2 * i + 8 and 2 * i + 9
+//     b[0], b[1]   column g, values 2 * i and 2 * i + 1, and 2 * i + 8 and 2 * i + 9
+//     c[0], c[1]   row g, columns 2 * i and 2 * i + 1
+//     c[2], c[3]   row g + 8, the same columns
+template <typename T>
+__device__ __forceinline__ void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                             float (&c)[4]) {
+#if __CUDA_ARCH__ >= 800
+#define CARAFE_MMA(type)                                                              \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (std::is_same_v<T, Half>) {
+    CARAFE_MMA("f16");
+  } else {
+    CARAFE_MMA("bf16");
+  }
+#undef CARAFE_MMA
+#endif
 }
 
 #endif

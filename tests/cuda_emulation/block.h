@@ -107,6 +107,8 @@ struct Thread {
   State state = kReady;
   Wait wait;
   uint64_t result = 0;  // of waiting
+  // What it has begun to copy
+  std::vector<std::function<void()>> copies;
 };
 
 struct Warp {
@@ -190,6 +192,14 @@ class Block {
     return threads_[thread_].result;
   }
 
+  // What is copied asynchronously arrives as late as it may.
+  void begin_copy(std::function<void()> copy) {
+    threads_[thread_].copies.push_back(std::move(copy));
+  }
+  void wait_for_copies() {
+    for (const auto& copy : std::exchange(threads_[thread_].copies, {})) copy();
+  }
+
   // The lanes of the mask that exist, of the warp of this thread.
   unsigned lanes(unsigned mask) const { return mask & warps_[thread_ / warpSize].existing; }
 
@@ -215,6 +225,7 @@ class Block {
     start_ = barrier_ = ++now_;
     for (Thread& thread : threads_) {
       thread.state = Thread::kReady;
+      thread.copies.clear();  // which the thread before it did not wait for
       thread.fiber->start(run_thread);
     }
     const std::vector<unsigned> turns = order(static_cast<unsigned>(threads_.size()));

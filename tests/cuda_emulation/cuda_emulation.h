@@ -11,12 +11,15 @@
 #include <cstring>
 #include <cxxabi.h>
 #include <dlfcn.h>
+#include <functional>
 #include <math.h>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
+#include "../../csrc/half.h"
 #include "block.h"
+#include "operations.h"
 #include "shared_memory.h"
 
 #define CARAFE_D2_EMULATION
@@ -50,6 +53,11 @@ T __ldg(const T* source) {
   return *source;
 }
 
+// The bytes of a (0 to 3) and b (4 to 7) that the lower half-bytes of `selector` name.
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  return cuda_emulation::permuted_bytes(a, b, selector & 0x7777);
+}
+
 // ------------------------------------------------------------------- barriers, shuffles, votes
 
 namespace cuda_emulation {
@@ -78,11 +86,6 @@ T shuffle(const char* operation, const Place& place, unsigned mask, T value, int
   bits = Block::current().exchange({operation, place, mask, bits, static_cast<int>(source)});
   std::memcpy(&value, &bits, sizeof(T));
   return value;
-}
-
-inline unsigned vote(const char* operation, const Place& place, unsigned mask, bool predicate) {
-  const uint64_t ballot = Block::current().exchange({operation, place, mask, predicate, kBallot});
-  return static_cast<unsigned>(ballot);
 }
 
 }  // namespace cuda_emulation
@@ -155,7 +158,7 @@ inline float power_of_two(float x) { return exp2f(x); }
 inline float reciprocal(float x) { return 1 / x; }
 
 template <typename T>
-void forget_origin(T*&) {}
+void forget_origin(T&) {}
 
 inline void add_from_above(float& sum, float value, unsigned delta, int width) {
   const float other = __shfl_down_sync(~0u, value, delta, width);
@@ -166,19 +169,47 @@ inline void add_from_below(float& sum, float value, unsigned delta, int width) {
   if (threadIdx.x % width >= delta) sum += other;
 }
 
+template <int kWords>
+void copy_async(const SharedArray<uint32_t>& shared, int index, const void* source, bool wanted) {
+  Vector<uint32_t, kWords> words = {};
+  if (wanted) words = *static_cast<const Vector<uint32_t, kWords>*>(source);
+  shared.set_later(index, words);
+}
+
+inline void wait_for_copies() { cuda_emulation::Block::current().wait_for_copies(); }
+
+template <typename T>
+uint32_t to_word(float first, float second) {
+  T values[2];
+  from_float(first, values[0]);
+  from_float(second, values[1]);
+  return values[0].bits | static_cast<uint32_t>(values[1].bits) << 16;
+}
+
+template <typename T>
+void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&c)[4],
+                  cuda_emulation::Place place = cuda_emulation::Place::here()) {
+  cuda_emulation::multiply_add<T>(a, b, c, place);
+}
+
 }  // namespace carafe_d2
 
 // -------------------------------------------------------------------------------------- launches
 
 namespace cuda_emulation {
 
-// Its name with template arguments, as far as the library exports it.
-inline std::string name_of(void* kernel) {
+// Its mangled name, as far as the library exports it.
+inline const char* symbol_of(void* kernel) {
   Dl_info info;
-  if (dladdr(kernel, &info) == 0 || info.dli_sname == nullptr) return "kernel";
+  return dladdr(kernel, &info) && info.dli_sname ? info.dli_sname : "kernel";
+}
+
+// Its name with template arguments.
+inline std::string name_of(void* kernel) {
+  const char* symbol = symbol_of(kernel);
   int status = 0;
-  char* demangled = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
-  std::string name = status == 0 ? demangled : info.dli_sname;
+  char* demangled = abi::__cxa_demangle(symbol, nullptr, nullptr, &status);
+  std::string name = status == 0 ? demangled : symbol;
   std::free(demangled);
   if (name.rfind("void ", 0) == 0) name.erase(0, 5);  // templates come with the type they return
   int depth = 0;
@@ -197,19 +228,25 @@ inline void check_size(const std::string& kernel, const char* what, const dim3& 
                            ", where every size is from 1 to those of " + text(most));
 }
 
-// kernel<<<grid, block>>>(arguments...), in an order of threads (see Block).
-template <typename... Parameters, typename... Arguments>
-void emulate(unsigned order, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-             const Arguments&... arguments) {
-  static_assert((std::is_trivially_copyable_v<Parameters> && ...));
-  static_assert((sizeof(Parameters) + ... + 0) <= 4096);
-  const std::string name = name_of(reinterpret_cast<void*>(kernel));
+// A launch whose threads call `body`, in an order of threads (see Block).
+inline void emulate(unsigned order, const std::string& name, dim3 grid, dim3 block,
+                    std::function<void()> body) {
   check_size(name, "grid", grid, {0x7fffffff, 65535, 65535});
   check_size(name, "block", block, {1024, 1024, 64});
   if (volume(block) > 1024) throw std::runtime_error(name + ": a block has at most 1024 threads");
   gridDim = grid;
   blockDim = block;
-  Block(name, order).run([&] { kernel(arguments...); });
+  Block(name, order).run(std::move(body));
+}
+
+// kernel<<<grid, block>>>(arguments...)
+template <typename... Parameters, typename... Arguments>
+void emulate(unsigned order, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+             const Arguments&... arguments) {
+  static_assert((std::is_trivially_copyable_v<Parameters> && ...));
+  static_assert((sizeof(Parameters) + ... + 0) <= 4096);
+  emulate(order, name_of(reinterpret_cast<void*>(kernel)), grid, block,
+          [&] { kernel(arguments...); });
 }
 
 // For C interfaces: null, or what body() throws.

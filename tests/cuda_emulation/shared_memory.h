@@ -1,6 +1,7 @@
 // Shared memory that notices races, accesses out of range and reads of what was never written.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -37,6 +38,12 @@ struct SharedMemory {
   void write(int index, int count) {
     check_range(index, count);
     for (int i = index; i < index + count; ++i) write(i);
+  }
+
+  // From now on until it has been written, a read is a mistake.
+  void begin_write(int index, int count) {
+    write(index, count);
+    std::fill_n(elements.begin() + index, count, Element());
   }
 
   const std::string name;
@@ -167,6 +174,13 @@ class SharedArray {
   template <int N>
   void set(int index, const carafe_d2::Vector<T, N>& value) const {
     store(index, N, value);
+  }
+
+  // Arrives when the thread waits for its copies.
+  template <int N>
+  void set_later(int index, const carafe_d2::Vector<T, N>& value) const {
+    memory_->begin_write(index, N);
+    cuda_emulation::Block::current().begin_copy([*this, index, value] { set(index, value); });
   }
 
  private:

@@ -88,6 +88,32 @@ __global__ void vectors(int* result) {
   result[thread] = 100 * pair.values[0] + values.get(4 * (31 - thread)) + min(pair.values[1], 0);
 }
 
+// C = A * B of 16 x 16 and 16 x 8, of half types two in a word, by one instruction. B is stored by
+// columns. Only so many rows of A are wanted, and the rest is zero.
+template <typename T>
+__global__ void tensor_cores(const uint32_t* a, const uint32_t* b, float* c, int rows) {
+  constexpr int kWords = 8, kRows = 16;
+  SHARED_ARRAY(uint32_t, words, (kRows + 8) * kWords);
+  const int thread = threadIdx.x, g = thread / 4, i = thread % 4;
+  for (int row = g; row < kRows; row += 8) {
+    carafe_d2::copy_async<2>(words, row * kWords + 2 * i, a + row * kWords + 2 * i, row < rows);
+  }
+  carafe_d2::copy_async<2>(words, (kRows + g) * kWords + 2 * i, b + g * kWords + 2 * i, true);
+  carafe_d2::wait_for_copies();
+  __syncwarp();
+  const auto word = [&](int row, int column) { return words.get(row * kWords + column); };
+  const uint32_t part_of_a[] = {word(g, i), word(g + 8, i), word(g, i + 4), word(g + 8, i + 4)};
+  const uint32_t part_of_b[] = {word(kRows + g, i), word(kRows + g, i + 4)};
+  float sums[4] = {};
+  carafe_d2::multiply_add<T>(part_of_a, part_of_b, sums);
+  for (int j = 0; j < 4; ++j) c[(g + j / 2 * 8) * 8 + 2 * i + j % 2] = sums[j];
+}
+
+// The lower half of a and the upper one of b.
+__global__ void bytes(const unsigned* a, const unsigned* b, unsigned* c) {
+  c[threadIdx.x] = __byte_perm(a[threadIdx.x], b[threadIdx.x], 0x7610);
+}
+
 // How often each block and thread of a grid of 3 dimensions runs.
 __global__ void indices(unsigned* result) {
   const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
@@ -148,6 +174,31 @@ __global__ void unwritten() {
   if (threadIdx.x != 9) tile.set(threadIdx.x, 1);
   __syncthreads();
   tile.get(threadIdx.x);
+}
+
+__global__ void copies_without_wait() {
+  SHARED_ARRAY(uint32_t, tile, 64);
+  carafe_d2::copy_async<1>(tile, threadIdx.x, nullptr, false);
+  tile.get(threadIdx.x);
+}
+
+// Others still read what the copies overwrite, which they may do before they are waited for.
+__global__ void copies_too_early() {
+  SHARED_ARRAY(uint32_t, tile, 64);
+  tile.set(threadIdx.x, 1);
+  __syncthreads();
+  tile.get(63 - threadIdx.x);
+  carafe_d2::copy_async<1>(tile, threadIdx.x, nullptr, false);
+  __syncthreads();
+  carafe_d2::wait_for_copies();
+}
+
+// Who waited has only its own copies.
+__global__ void copies_without_barrier() {
+  SHARED_ARRAY(uint32_t, tile, 64);
+  carafe_d2::copy_async<1>(tile, threadIdx.x, nullptr, false);
+  carafe_d2::wait_for_copies();
+  tile.get(63 - threadIdx.x);
 }
 
 // Only the first block writes.
@@ -271,6 +322,23 @@ const char* vectors(unsigned order, int* result) {
   return report_of([&] { emulate(order, toys::vectors, 1, 32, result); });
 }
 
+const char* tensor_cores_float16(unsigned order, const uint32_t* a, const uint32_t* b, float* c,
+                                 int rows) {
+  return report_of(
+      [&] { emulate(order, toys::tensor_cores<carafe_d2::Half>, 1, 32, a, b, c, rows); });
+}
+
+const char* tensor_cores_bfloat16(unsigned order, const uint32_t* a, const uint32_t* b, float* c,
+                                  int rows) {
+  return report_of(
+      [&] { emulate(order, toys::tensor_cores<carafe_d2::BFloat16>, 1, 32, a, b, c, rows); });
+}
+
+const char* bytes(unsigned order, const unsigned* a, const unsigned* b, unsigned* c,
+                  unsigned threads) {
+  return report_of([&] { emulate(order, toys::bytes, 1, threads, a, b, c); });
+}
+
 const char* indices(unsigned order, const unsigned* grid, const unsigned* block, unsigned* result) {
   return report_of([&] {
     emulate(order, toys::indices, dim3(grid[0], grid[1], grid[2]),
@@ -302,6 +370,9 @@ const char* mistake(const char* name, unsigned order) {
       MISTAKE(caller_not_in_mask),
       MISTAKE(odd_width),
       MISTAKE(unwritten),
+      MISTAKE(copies_without_wait),
+      MISTAKE(copies_too_early),
+      MISTAKE(copies_without_barrier),
       MISTAKE(left_by_another_block),
       MISTAKE(read_after_write),
       MISTAKE(write_after_read),

@@ -18,7 +18,7 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
 from carafe_d2.data import register_shapes, shapes
-from carafe_d2.data.builtin import CATEGORIES, annotation_file, image_dir
+from carafe_d2.data.builtin import CATEGORIES, LABELS, annotation_file, image_dir, label_dir
 from carafe_d2.data.shapes import ShapesSpec, generate_split, main, mask_to_coco, render
 from carafe_d2.errors import UserError
 
@@ -126,9 +126,10 @@ def test_other_spec_replaces_images_and_annotations(tmp_path, capsys):
     assert cv2.imread(str(files[0])).shape == (48, 48, 3)
 
 
-def test_missing_image_is_made_again(dataset, tmp_path):
+@pytest.mark.parametrize("folder", [image_dir, label_dir])
+def test_missing_image_is_made_again(dataset, tmp_path, folder):
     shutil.copytree(dataset, tmp_path, dirs_exist_ok=True)
-    (image_dir(tmp_path, "train") / "000007.png").unlink()
+    (folder(tmp_path, "train") / "000007.png").unlink()
     assert generate_split(tmp_path, SPEC) is True
     assert contents(tmp_path) == contents(dataset)
 
@@ -233,16 +234,38 @@ def test_dataset_loads_with_its_masks(catalog, dataset):
         assert [CATEGORIES[c] for c in instances.gt_classes] == [c for c, _ in objects]
 
 
+def test_dataset_of_semantic_segmentation_has_the_masks_as_labels(catalog, dataset):
+    from detectron2.data import MetadataCatalog
+
+    register_shapes(dataset)
+    metadata = MetadataCatalog.get("shapes_sem_seg_train")
+    assert metadata.evaluator_type == "sem_seg"
+    records = catalog.get("shapes_sem_seg_train")
+    assert len(records) == SPEC.images
+    assert len(catalog.get("shapes_sem_seg_val")) == 20
+    for index, record in enumerate(records):
+        assert Path(record["file_name"]).stem == Path(record["sem_seg_file_name"]).stem
+        labels = cv2.imread(record["sem_seg_file_name"], cv2.IMREAD_UNCHANGED)
+        expected = np.zeros_like(labels)
+        for category, mask in render(SPEC, index)[1]:
+            expected[mask] = metadata.stuff_classes.index(category)
+        assert labels.dtype == np.uint8 and np.array_equal(labels, expected)
+        assert LABELS[labels.max()] in CATEGORIES
+
+
 def test_root_comes_from_the_environment(catalog, dataset, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(dataset))
     register_shapes()
     assert len(catalog.get("shapes_val")) == 20
 
 
-def test_missing_dataset_says_what_to_do(catalog, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "file"), [("shapes_val", annotation_file), ("shapes_sem_seg_val", label_dir)]
+)
+def test_missing_dataset_says_what_to_do(catalog, tmp_path, name, file):
     register_shapes(tmp_path)
     with pytest.raises(UserError) as error:
-        catalog.get("shapes_val")
-    path = str(annotation_file(tmp_path, "val"))
+        catalog.get(name)
+    path = str(file(tmp_path, "val"))
     for part in (path, "python -m carafe_d2.data.shapes", "DETECTRON2_DATASETS"):
         assert part in str(error.value)

@@ -18,6 +18,8 @@ from dev import reproduce
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "dev" / "reproduce.py"
 RESULTS = json.loads((ROOT / "docs" / "results.json").read_text())["rows"]
+UPERNET = [row for row in RESULTS if row["model"] == "UPerNet"]
+DETECTORS = [row for row in RESULTS if row not in UPERNET]
 CONFIG = "configs/shapes_mask_rcnn_R18_FPN_carafe.yaml"
 SMALL = [
     *("INPUT.MIN_SIZE_TEST", "64", "MODEL.DEVICE", "cpu"),
@@ -31,7 +33,7 @@ SMALL = [
 def test_rows_are_those_of_the_published_tables():
     published = {
         (row["model"], row["year"], row["proposals"]): reproduce.figures(row["published"])
-        for row in RESULTS
+        for row in DETECTORS
     }
     assert published == {
         ("Faster R-CNN w/ CARAFE", 2019, 1000): "37.8",
@@ -45,7 +47,38 @@ def test_rows_are_those_of_the_published_tables():
     }
 
 
-@pytest.mark.parametrize("row", RESULTS, ids=lambda row: row["name"])
+def test_rows_of_upernet_are_all_combinations_of_its_parts():
+    published = {
+        tuple(row["carafe_in"]): reproduce.figures(row["published"])
+        for row in UPERNET
+        if row["published"]
+    }
+    assert published == {
+        (): "40.44 / 79.80",
+        ("pyramid pooling",): "40.85",
+        ("pyramid",): "40.79",
+        ("fusion",): "41.06",
+        ("pyramid pooling", "pyramid", "fusion"): "42.23 / 80.34",
+    }
+    combinations, folders = set(), set()
+    for row in UPERNET:
+        cfg = load_config(str(ROOT / row["training_config"]), row["training_overrides"])
+        combinations.add(tuple(row["carafe_in"]))
+        folders.add(cfg.OUTPUT_DIR)
+        assert row["carafe_in"] == [
+            part
+            for key, part in (("PPM", "pyramid pooling"), ("FPN", "pyramid"), ("FUSE", "fusion"))
+            if cfg.MODEL.UPERNET[f"{key}_UPSAMPLE"] == "carafe"
+        ]
+        command = reproduce.evaluation_command(row, "model.pth")
+        assert command == [
+            *("train_net.py", "--config-file", row["training_config"], "--eval-only"),
+            *("MODEL.WEIGHTS", "model.pth", *row["training_overrides"]),
+        ]
+    assert len(combinations) == len(folders) == len(UPERNET) == 2**3
+
+
+@pytest.mark.parametrize("row", DETECTORS, ids=lambda row: row["name"])
 def test_config_of_a_row_is_the_model_of_the_row(row):
     cfg = load_config(str(ROOT / row["config"]), row["overrides"])
     assert ("mask" in row["name"]) == cfg.MODEL.MASK_ON
@@ -93,6 +126,17 @@ def test_metrics_of_a_log():
     assert reproduce.metrics(LOG) == {"box AP": 39.31, "mask AP": 35.85, "images/s": 12.5}
     boxes_only = LOG[: LOG.index("copypaste: Task: segm")]
     assert reproduce.metrics(boxes_only) == {"box AP": 39.31, "images/s": 12.5}
+
+
+def test_metrics_of_semantic_segmentation():
+    log = """\
+[01/01 00:00:00 d2.evaluation.testing]: copypaste: Task: sem_seg
+[01/01 00:00:00 d2.evaluation.testing]: copypaste: mIoU,fwIoU,mACC,pACC
+[01/01 00:00:00 d2.evaluation.testing]: copypaste: 42.2345,67.0,53.0,80.3449
+"""
+    result = reproduce.metrics(log)
+    assert result == {"mIoU": 42.23, "pixel accuracy": 80.34}
+    assert reproduce.figures({**result, "images/s": 3.0}) == "42.23 / 80.34 (3.0 images/s)"
 
 
 def test_no_ap_is_no_result():
@@ -201,12 +245,23 @@ def test_nothing_to_measure_is_refused(arguments_for, tmp_path, capsys):
     config = tmp_path / "never_trained.yaml"
     config.write_text(f'_BASE_: "{ROOT / CONFIG}"\nOUTPUT_DIR: "{tmp_path / "never_trained"}"\n')
     untrained = row("a", training_config=str(config))
-    arguments = arguments_for([untrained])
-    with pytest.raises(SystemExit, match=r"^error: no row could be measured, for the reasons"):
-        reproduce.main([*arguments, "--weights", "trained"])
-    reason = r"^a: not measured: .*model_final.pth does not exist; python"
-    assert re.search(reason, capsys.readouterr().out, re.M)
-    assert json.loads((tmp_path / "results.json").read_text()) == {"rows": [untrained]}
+    keys = ["MODEL.DEVICE", "cpu"]
+    unpublished = {**untrained, "name": "b", "checkpoint": None, "training_overrides": keys}
+    arguments = arguments_for([untrained, unpublished])
+    missing = r"not measured: .*model_final.pth does not exist; python train_net.py"
+    for options, reasons in (
+        (
+            ["--weights", "trained"],
+            [f"a: {missing}", f"b: {missing} .* MODEL.DEVICE cpu writes"],
+        ),
+        (["--rows", "b"], ["b: not measured: no checkpoint was published"]),
+    ):
+        with pytest.raises(SystemExit, match=r"^error: no row could be measured, for the reasons"):
+            reproduce.main([*arguments, *options])
+        output = capsys.readouterr().out
+        for reason in reasons:
+            assert re.search(f"^{reason}", output, re.MULTILINE), output
+    assert json.loads((tmp_path / "results.json").read_text()) == {"rows": [untrained, unpublished]}
 
 
 def test_mistakes_get_one_clear_line(tmp_path):
