@@ -7,9 +7,9 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
+from . import resnet  # no name of it: resnet itself may be what is being imported
 from .config import downsampler_options, upsampler_options, with_carafe_config
 from .downsample import CARAFEDownsamplePack
-from .resnet import build_resnet_carafe_backbone
 from .upsample import UPSAMPLERS, build_upsampler, xavier_init
 
 
@@ -236,7 +236,7 @@ def build_resnet_carafe_fpn_backbone(cfg, input_shape: ShapeSpec) -> CarafeFPN:
         cfg: a Detectron2 config; keys of ``add_carafe_config`` that it lacks take their defaults.
         input_shape: channels of the images.
     """
-    return CarafeFPN(cfg, build_resnet_carafe_backbone(cfg, input_shape))
+    return CarafeFPN(cfg, resnet.build_resnet_carafe_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
@@ -247,7 +247,7 @@ def build_retinanet_resnet_carafe_fpn_backbone(cfg, input_shape: ShapeSpec) -> C
         cfg: a Detectron2 config; keys of ``add_carafe_config`` that it lacks take their defaults.
         input_shape: channels of the images.
     """
-    return CarafeFPN(cfg, build_resnet_carafe_backbone(cfg, input_shape), num_extra_levels=2)
+    return CarafeFPN(cfg, resnet.build_resnet_carafe_backbone(cfg, input_shape), num_extra_levels=2)
 
 
 @BACKBONE_REGISTRY.register()
@@ -258,4 +258,4 @@ def build_resnet_carafe_pafpn_backbone(cfg, input_shape: ShapeSpec) -> CarafePAF
         cfg: a Detectron2 config; keys of ``add_carafe_config`` that it lacks take their defaults.
         input_shape: channels of the images.
     """
-    return CarafePAFPN(cfg, build_resnet_carafe_backbone(cfg, input_shape))
+    return CarafePAFPN(cfg, resnet.build_resnet_carafe_backbone(cfg, input_shape))
