@@ -665,6 +665,7 @@ PTX_CASES = [
     replace(CHANNELS_LAST, shape=(1, 32, 3, 11), scale=4),
     Case((2, 12, 3, 5), scale=3, dtypes=(F64, F64)),
     Case((2, 12, 5, 3), kernel=9, dtypes=(F64, F64), channels_last=True),
+    Case((2, 12, 5, 7), scale=1, stride=2, dtypes=(F64, F64)),
 ]
 
 

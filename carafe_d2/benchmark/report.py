@@ -215,7 +215,8 @@ def _draw_panel(axis, case: Case, names: list[str], results: list[Result]) -> No
     axis.set_yticks(list(places.values()), names, fontsize=8)
     axis.set_ylim(min(places.values()) - 0.8, -0.2)
     axis.set_title(
-        f"{case.name}  {'x'.join(map(str, case.shape))}, group {case.group}, scale {case.scale}",
+        f"{case.name}  {'x'.join(map(str, case.shape))}, group {case.group}, "
+        f"scale {'1/' * case.downsampling}{case.scale}",
         fontsize=9,
     )
     axis.grid(axis="x", linewidth=0.4, color="0.8")
