@@ -20,6 +20,8 @@ if TYPE_CHECKING:
         build_resnet_carafe_fpn_backbone,
         build_retinanet_resnet_carafe_fpn_backbone,
     )
+    from .inpaint.global_local import GlobalLocalInpainter
+    from .inpaint.partial_conv import PartialConvInpainter
     from .legacy import LegacyAnchorGenerator, LegacyRCNN
     from .mask_head import MaskRCNNCarafeUpsampleHead
     from .ops import DECOMPOSITIONS, carafe, carafe_upsample, flop_count_ops
@@ -57,9 +59,11 @@ _DETECTRON2_MODULE_OF = {
     "CarafeCheckpointer": "checkpoint",
     "CarafeFPN": "fpn",
     "CarafeSemSegFPNHead": "semantic_seg",
+    "GlobalLocalInpainter": "inpaint.global_local",
     "LegacyAnchorGenerator": "legacy",
     "LegacyRCNN": "legacy",
     "MaskRCNNCarafeUpsampleHead": "mask_head",
+    "PartialConvInpainter": "inpaint.partial_conv",
     "UPerNetHead": "upernet",
     "add_carafe_config": "config",
     "build_resnet_carafe_fpn_backbone": "fpn",
@@ -80,6 +84,7 @@ def _register_dataset() -> None:
 
 def _register_models() -> None:
     from . import backbones, fpn, legacy, mask_head, semantic_seg, upernet
+    from .inpaint import global_local, partial_conv
 
 
 when_imported("detectron2.data", _register_dataset)

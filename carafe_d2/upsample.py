@@ -195,7 +195,29 @@ class CARAFEPack(nn.Module):
         normal_init(self.content_encoder, std=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.content_encoder(self.channel_compressor(x))
+        return self.reassemble(x, self.kernel_logits(x))
+
+    def kernel_logits(self, x: Tensor) -> Tensor:
+        """What the content encoder predicts for a map: the kernels before normalizer and shuffle.
+
+        Args:
+            x: (N, channels, H, W).
+
+        Returns:
+            (N, up_group * up_kernel**2 * scale_factor**2, H, W).
+        """
+        return self.content_encoder(self.channel_compressor(x))
+
+    def reassemble(self, x: Tensor, logits: Tensor) -> Tensor:
+        """Upsamples a map with kernels that may have been predicted from another one.
+
+        Args:
+            x: (N, C, H, W); C need not be ``channels``, but a multiple of ``up_group``.
+            logits: as :meth:`kernel_logits` gives them.
+
+        Returns:
+            (N, C, scale_factor * H, scale_factor * W).
+        """
         sizes = self.up_kernel, self.up_group, self.scale_factor
         if self.normalizer in ("sigmoid", "none"):
             return carafe(x, self.masks(logits), *sizes)
@@ -204,10 +226,10 @@ class CARAFEPack(nn.Module):
         return carafe_upsample(x, logits, *sizes)
 
     def masks(self, logits: Tensor) -> Tensor:
-        """The kernels that an output of ``content_encoder`` stands for.
+        """The kernels that logits stand for.
 
         Args:
-            logits: (N, up_group * up_kernel**2 * scale_factor**2, H, W).
+            logits: as :meth:`kernel_logits` gives them.
 
         Returns:
             (N, up_group * up_kernel**2, scale_factor * H, scale_factor * W), as
