@@ -1,18 +1,26 @@
 """Inpainting by the programs: training, resuming, evaluation and pictures on the shapes images."""
 
+import contextlib
 import json
+import math
+import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.events import EventStorage
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from carafe_d2 import engine, train_net
 from carafe_d2.config import load_config
+from carafe_d2.data.register import register_datasets
+from carafe_d2.errors import UserError
 from carafe_d2.inference import Predictor, read_image
+from carafe_d2.inpaint.data import InpaintMapper, irregular, rectangle
+from carafe_d2.inpaint.evaluation import InpaintingEvaluator
 from tools import predict, visualize
 
 CONFIGS = {
@@ -34,8 +42,9 @@ def datasets(register_shapes):
     register_shapes(train=4, val=3)
 
 
-def train(config, folder, *options):
-    train_net.run(["--config-file", config, *options, *SMALL, "OUTPUT_DIR", str(folder)])
+def train(config, folder, *flags, options=()):
+    keys = [*SMALL, "OUTPUT_DIR", str(folder), *options]
+    train_net.run(["--config-file", config, *flags, *keys])
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +156,7 @@ def test_programs_draw_hole_result_and_truth(trained, tmp_path, monkeypatch):
     assert (given.inpainted == given.truth)[~hole].all()
     weights = torch.load(trained["global_local"] / "model_final.pth", weights_only=True)["model"]
     torch.save({"model": weights}, "plain.pth")
-    cfg = load_config(
-        GLOBAL_LOCAL, [*SMALL, "MODEL.WEIGHTS", "plain.pth", "INPUT.FORMAT", "BGR"]
-    )
+    cfg = load_config(GLOBAL_LOCAL, [*SMALL, "MODEL.WEIGHTS", "plain.pth", "INPUT.FORMAT", "BGR"])
     (swapped,) = Predictor(cfg)([read_image(image)])
     assert (swapped.truth == given.truth).all()
 
@@ -162,17 +169,159 @@ def test_programs_draw_hole_result_and_truth(trained, tmp_path, monkeypatch):
     assert read_image("sheet.png").shape == (2 * (28 + 58 + 8), 3 * (50 + 24) - 24, 3)
 
 
-def test_checkpoint_is_evaluated_to_what_its_training_found(trained, tmp_path):
-    weights = ["MODEL.WEIGHTS", str(trained["partial_conv"] / "model_final.pth")]
-    train(CONFIGS["partial_conv"], tmp_path, "--eval-only", *weights)
-    assert evaluated(metrics_of(trained["partial_conv"])) == results_in(tmp_path / "log.txt")
-
-
-def results_in(log):
-    (line,) = [line for line in log.read_text().splitlines() if line.endswith("L1,PSNR")]
-    del line
-    values = log.read_text().split("copypaste: L1,PSNR\n")[1].split("copypaste: ")[1].split("\n")[0]
-    return values
+@pytest.mark.parametrize("model", CONFIGS)
+def test_evaluation_alone_finds_what_the_training_found(model, trained, tmp_path):
+    found = evaluated(metrics_of(trained[model]))
+    for deviation in (0.0, 1.0):
+        expected = [["inpainting", "PSNR", found["inpainting/PSNR"] + deviation, 0.001]]
+        keys = ["MODEL.WEIGHTS", str(trained[model] / "model_final.pth")]
+        keys += ["TEST.EXPECTED_RESULTS", str(expected)]
+        with pytest.raises(SystemExit) if deviation else contextlib.nullcontext():
+            train(CONFIGS[model], tmp_path, "--eval-only", options=keys)
 
 
 # --- data ---------------------------------------------------------------------------------------
+
+
+def test_metrics_are_means_over_images():
+    evaluator = InpaintingEvaluator()
+    truth = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+    for count in (1, 4):
+        output = truth.float()
+        output[:, 0, :count] += 51
+        evaluator.process([{"image": truth}], [{"inpainted": output}])
+    result = evaluator.evaluate()["inpainting"]
+    assert result["L1"] == pytest.approx(100 * 0.2 * (1 / 16 + 4 / 16) / 2)
+    psnr = [-10 * math.log10(0.2**2 * share) for share in (1 / 16, 4 / 16)]
+    assert result["PSNR"] == pytest.approx(sum(psnr) / 2)
+    evaluator.reset()
+    evaluator.process([{"image": truth}], [{"inpainted": truth}])
+    assert evaluator.evaluate()["inpainting"] == {"L1": 0.0, "PSNR": math.inf}
+
+
+@pytest.mark.parametrize("size", [32, 200])
+def test_holes_are_of_the_sizes_that_are_asked_for(size):
+    rng = np.random.default_rng(0)
+    rectangles, shares = set(), []
+    for _ in range(40):
+        hole = rectangle(rng, size, (size // 4, size // 2))
+        rows, columns = hole.any(1).sum(), hole.any(0).sum()
+        assert hole.sum() == rows * columns
+        rectangles |= {rows, columns}
+        shares.append(irregular(rng, size).mean())
+    assert size // 4 <= min(rectangles) < max(rectangles) <= size // 2
+    assert 0.05 <= min(shares) < 0.15 and 0.4 < max(shares) < 0.65
+
+
+def test_holes_differ_in_training_and_stay_in_evaluations():
+    cfg = load_config(GLOBAL_LOCAL, SMALL)
+    records = DatasetCatalog.get("shapes_images_val")
+    training, evaluation = (InpaintMapper(cfg, is_train) for is_train in (True, False))
+    first, again = ([evaluation(record) for record in records] for _ in range(2))
+    for ours, theirs in zip(first, again, strict=True):
+        assert torch.equal(ours["image"], theirs["image"])
+        assert torch.equal(ours["mask"], theirs["mask"])
+    assert not torch.equal(first[0]["mask"], first[1]["mask"])
+    np.random.seed(0)
+    seen = [training(records[0]) for _ in range(4)]
+    for key in ("image", "mask"):
+        assert len({each[key].numpy().tobytes() for each in seen}) == 4
+        assert {each[key].shape[-2:] for each in seen} == {(32, 32)}
+
+
+def test_middle_of_the_resized_image_is_evaluated():
+    cfg = load_config(GLOBAL_LOCAL, [*SMALL, "INPUT.MIN_SIZE_TEST", "0"])
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    given = InpaintMapper(cfg, is_train=False).prepare(image, "it")
+    assert (given["image"].numpy() == image[4:36, 9:41].transpose(2, 0, 1)).all()
+
+
+# --- folders and mistakes -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with two images, one of them in a folder below it, and something else."""
+    (tmp_path / "images" / "below").mkdir(parents=True)
+    records = DatasetCatalog.get("shapes_images_val")
+    shutil.copy(records[0]["file_name"], tmp_path / "images" / "a.png")
+    shutil.copy(records[1]["file_name"], tmp_path / "images" / "below" / "b.PNG")
+    (tmp_path / "images" / "notes.txt").touch()
+    yield tmp_path / "images"
+    for name in ("folder_of_a_test", "other_of_a_test"):
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
+
+
+def of_folder(folder):
+    name = "('folder_of_a_test',)"
+    registered = f"('folder_of_a_test={folder}/',)"
+    return ["DATASETS.REGISTER", registered, "DATASETS.TRAIN", name, "DATASETS.TEST", name]
+
+
+def test_any_folder_of_images_is_a_dataset(folder, tmp_path):
+    train(CONFIGS["partial_conv"], tmp_path / "out", options=of_folder(folder))
+    assert "inpainting/PSNR" in metrics_of(tmp_path / "out")
+    files = [record["file_name"] for record in DatasetCatalog.get("folder_of_a_test")]
+    assert files == [str(folder / "a.png"), str(folder / "below" / "b.PNG")]
+    register_datasets([f"folder_of_a_test={folder}"])  # once more is no mistake
+    with pytest.raises(UserError, match="another dataset of this name"):
+        register_datasets([f"folder_of_a_test={folder}/below"])
+
+
+def error_of(config, folder, *options):
+    with pytest.raises(SystemExit) as exit:
+        train(config, folder, options=options)
+    message = exit.value.code
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("MODEL.INPAINT.MASK circle", "MODEL.INPAINT.MASK must be one of rectangle, irregular"),
+        ("MODEL.INPAINT.HOLE_SIZE (8,40)", "MODEL.INPAINT.HOLE_SIZE must be .* at most CROP_SIZE"),
+        ("MODEL.INPAINT.HOLE_SIZE (8,)", "MODEL.INPAINT.HOLE_SIZE must be the least and"),
+        ("MODEL.INPAINT.CROP_SIZE 30", "MODEL.INPAINT.CROP_SIZE must be a multiple of 4"),
+        ("MODEL.INPAINT.UPSAMPLE lanczos", "MODEL.INPAINT.UPSAMPLE must be one of"),
+        ("INPUT.MIN_SIZE_TEST 24", "it is fed in as 24 x 24 pixels, smaller than the 32 x 32"),
+        ("DATASETS.TEST ('shapes_val',)", "'shapes_val': a GlobalLocalInpainter takes its images"),
+        ("DATASETS.TRAIN ('places365_train',)", "places365/data_256 does not exist; unpack Places"),
+        ("TEST.AUG.ENABLED True", "TEST.AUG.ENABLED"),
+    ],
+)
+def test_mistakes_are_one_line(options, message, tmp_path):
+    assert re.search(message, error_of(GLOBAL_LOCAL, tmp_path, *options.split()))
+
+
+def test_folders_that_cannot_be_used_are_named(folder, tmp_path):
+    data = of_folder(folder)
+    bad = folder / "below" / "b.PNG"
+    bad.write_bytes(bad.read_bytes()[:200])
+    assert f"cannot read image {bad}" in error_of(GLOBAL_LOCAL, tmp_path, *data)
+    detector = "shapes_mask_rcnn_R18_FPN_carafe.yaml"
+    with pytest.raises(SystemExit, match="a GeneralizedRCNN takes annotated images"):
+        train_net.run(["--config-file", detector, *data, "OUTPUT_DIR", str(tmp_path / "out")])
+    bad.unlink()
+    (folder / "a.png").unlink()
+    assert f"there are no images in {folder}" in error_of(GLOBAL_LOCAL, tmp_path, *data)
+    registered = f"('other_of_a_test={folder}/missing',)"
+    message = error_of(GLOBAL_LOCAL, tmp_path, "DATASETS.REGISTER", registered)
+    assert "NAME=IMAGES/" in message
+
+
+def test_what_predict_cannot_do_is_named(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = [*SMALL, "MODEL.WEIGHTS", str(trained["global_local"] / "model_final.pth")]
+    image = DatasetCatalog.get("shapes_images_val")[0]["file_name"]
+    (tmp_path / "clip.mp4").touch()
+    for options, message in (
+        (["--input", image, "--json"], "leave out --webcam and --json"),
+        (["--webcam"], "leave out --webcam and --json"),
+        (["--input", "clip.mp4"], "--input names a video"),
+        (["--input", image, "--output", "out", *keys, "INPUT.MIN_SIZE_TEST", "24"], "smaller than"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            predict.main(["--config-file", GLOBAL_LOCAL, *options])
