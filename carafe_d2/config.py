@@ -41,7 +41,8 @@ def add_carafe_config(cfg: CN) -> None:
 
     # How build_*_carafe_fpn_backbone upsamples: carafe, nearest, bilinear, deconv, pixel_shuffle.
     cfg.MODEL.FPN.UPSAMPLE = "carafe"
-    # How MaskRCNNCarafeUpsampleHead upsamples: carafe, deconv (the stock head), nearest, bilinear.
+    # How MaskRCNNCarafeUpsampleHead upsamples: carafe, nearest, bilinear, deconv (the stock head),
+    # pixel_shuffle.
     cfg.MODEL.ROI_MASK_HEAD.UPSAMPLE = "carafe"
     # How CarafeSemSegFPNHead upsamples: carafe, nearest, bilinear (the stock head), deconv,
     # pixel_shuffle.

@@ -338,7 +338,7 @@ class PixelShufflePack(nn.Module):
         xavier_init(self.upsample_conv, distribution="uniform")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.upsample_conv(x), self.scale_factor)
+        return _pixel_shuffle(self.upsample_conv(x), self.scale_factor)
 
 
 def _deconv(channels: int, scale_factor: int, kernel_size: int = 3) -> nn.ConvTranspose2d:

@@ -1,5 +1,7 @@
 """The two inpainting models: their networks, masks, losses and configs."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -15,6 +17,9 @@ from carafe_d2.inpaint.partial_conv import PartialConv2d, PartialConvInpainter, 
 from carafe_d2.upsample import UPSAMPLERS, build_upsampler
 
 MODELS = ("global_local", "partial_conv")
+CONFIGS = sorted(
+    path.stem for path in (Path(__file__).parents[2] / "configs").glob("*inpaint*.yaml")
+)
 SMALL = [
     *("MODEL.DEVICE", "cpu", "MODEL.INPAINT.CROP_SIZE", "32", "MODEL.INPAINT.LOCAL_SIZE", "16"),
     *("MODEL.INPAINT.HOLE_SIZE", "(8,12)", "MODEL.INPAINT.CHANNELS", "4"),
@@ -43,12 +48,31 @@ def with_lively_kernels(model):
     return model
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_is_the_model_of_its_name(name):
+    cfg = load_config(name, SMALL)
+    assert cfg.OUTPUT_DIR == f"output/{name}"
+    model = build_model(cfg)
+    kind = GlobalLocalInpainter if "global_local" in name else PartialConvInpainter
+    assert isinstance(model, kind)
+    packs = sum(isinstance(module, CARAFEPack) for module in model.modules())
+    assert packs == (2 if kind is GlobalLocalInpainter else 4) * ("carafe" in name)
+    assert all(torch.isfinite(loss) for loss in model(batch(), "completion").values())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_baselines_differ_in_the_upsamplers_only(model):
+    baseline, carafe = (load_config(f"inpaint_{model}{s}_places", SMALL) for s in ("", "_carafe"))
+    for cfg in (baseline, carafe):
+        cfg.defrost()
+        cfg.OUTPUT_DIR = cfg.MODEL.INPAINT.UPSAMPLE = ""
+    assert baseline == carafe
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("upsample", UPSAMPLERS)
 def test_every_choice_trains_all_its_parameters_and_fills_holes_only(model, upsample):
     inpainter = build(model, "MODEL.INPAINT.UPSAMPLE", upsample)
-    packs = sum(isinstance(module, CARAFEPack) for module in inpainter.modules())
-    assert packs == {"global_local": 2, "partial_conv": 4}[model] * (upsample == "carafe")
     for part in ("discriminators", "generator"):
         losses = inpainter(batch(), part)
         sum(losses.values()).backward()
@@ -327,8 +351,3 @@ def test_input_that_does_not_fit_is_named():
         model([{"image": torch.zeros(3, 32, 32)}])
     with pytest.raises(UserError, match=r"images of 24 x 24 pixels: .* multiples of 16"):
         model(batch(size=24))
-
-
-def test_models_are_public_names():
-    assert isinstance(build("global_local"), GlobalLocalInpainter)
-    assert isinstance(build("partial_conv"), PartialConvInpainter)
