@@ -57,7 +57,7 @@ def irregular(rng: np.random.Generator, size: int) -> np.ndarray:
             angle += rng.uniform(-1, 1)
             step = size * rng.uniform(0.02, 0.15)
             end = point + step * np.array([np.cos(angle), np.sin(angle)])
-            cv2.line(hole, *(tuple(map(int, p)) for p in (point, end)), color=1, thickness=brush)
+            cv2.line(hole, point.astype(int).tolist(), end.astype(int).tolist(), (1,), brush)
             point = end
             if np.count_nonzero(hole) >= pixels:
                 break

@@ -18,6 +18,9 @@ class PerceptualLoss(nn.Module):
     Its weights are no part of a state dict, and are not trained.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, weights: str):
         """
         Args:

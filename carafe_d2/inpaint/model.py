@@ -19,6 +19,9 @@ class Inpainter(nn.Module):
         (N, 1, H, W) of the same type, 1 where a pixel is missing.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
         self, *, divisor: int, pixel_mean: Sequence[float], pixel_std: Sequence[float]
     ) -> None:

@@ -48,8 +48,9 @@ class PartialConv2d(nn.Module):
             activation: behind that.
         """
         super().__init__()
+        self.stride, self.padding = stride, kernel_size // 2
         self.conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
+            in_channels, out_channels, kernel_size, stride, self.padding, bias=False
         )
         nn.init.kaiming_normal_(self.conv.weight)
         self.bias = None if norm else nn.Parameter(torch.zeros(out_channels, 1, 1))
@@ -78,12 +79,12 @@ class PartialConv2d(nn.Module):
     @torch.no_grad()
     def _share(self, inputs: Sequence[Masked]) -> Tensor:
         """The share of what each window sums up that is valid, (N, 1, H', W')."""
-        valid = sum(x.shape[1] / mask.shape[1] * mask.float().sum(1, True) for x, mask in inputs)
-        kernel_size = self.conv.kernel_size
-        kernel = torch.full((1, 1, *kernel_size), 1 / self.conv.weight[0].numel())
-        with torch.autocast(self.conv.weight.device.type, enabled=False):
-            kernel = kernel.to(self.conv.weight.device)
-            return F.conv2d(valid, kernel, stride=self.conv.stride, padding=self.conv.padding)
+        each = [x.shape[1] / mask.shape[1] * mask.float().sum(1, True) for x, mask in inputs]
+        valid = torch.stack(each).sum(0)
+        weight = self.conv.weight
+        kernel = valid.new_full((1, 1, *weight.shape[2:]), 1 / weight[0].numel())
+        with torch.autocast(valid.device.type, enabled=False):
+            return F.conv2d(valid, kernel, stride=self.stride, padding=self.padding)
 
 
 def upsample_masked(upsampler: nn.Module, masked: Masked) -> Masked:
@@ -159,9 +160,7 @@ class PartialConvUNet(nn.Module):
     def train(self, mode: bool = True):
         super().train(mode)
         if self.freeze_encoder_norm:
-            for layer in self.encoder:
-                if layer.norm is not None:
-                    layer.norm.eval()
+            self.encoder.eval()
         return self
 
     def forward(self, images: Tensor, valid: Tensor) -> Tensor:

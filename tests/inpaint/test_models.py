@@ -51,8 +51,7 @@ def with_lively_kernels(model):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_is_the_model_of_its_name(name):
     cfg = load_config(name, SMALL)
-    folder = f"output/{name}"
-    assert cfg.OUTPUT_DIR == folder
+    assert f"output/{name}" == cfg.OUTPUT_DIR
     model = build_model(cfg)
     kind = GlobalLocalInpainter if "global_local" in name else PartialConvInpainter
     assert isinstance(model, kind)
