@@ -96,11 +96,11 @@ def upsample_masked(upsampler: nn.Module, masked: Masked) -> Masked:
     """
     x, mask = masked
     if isinstance(upsampler, CARAFEPack):
-        logits = upsampler.kernel_logits(x)
+        kernels = upsampler.predict(x)
         mask = mask.expand(-1, upsampler.up_group, -1, -1)
         with torch.no_grad():
-            mask = upsampler.reassemble(mask, logits)
-        return upsampler.reassemble(x, logits), mask
+            mask = upsampler.reassemble(mask, *kernels)
+        return upsampler.reassemble(x, *kernels), mask
     if isinstance(upsampler, nn.Upsample):
         return upsampler(x), upsampler(mask)
     x, mask = upsampler(x), F.interpolate(mask, scale_factor=2)

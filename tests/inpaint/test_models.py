@@ -232,7 +232,8 @@ def test_masks_are_reassembled_with_the_kernels_of_the_map(up_group):
     upsampled, shares = upsample_masked(pack, (x, mask))
     assert torch.equal(upsampled, pack(x))
     assert not shares.requires_grad
-    kernels = pack.masks(pack.kernel_logits(x)).unflatten(1, (up_group, 25))
+    logits = pack.content_encoder(pack.channel_compressor(x))
+    kernels = pack.masks(logits).unflatten(1, (up_group, 25))
     windows = F.unfold(mask, 5, padding=2).view(2, 1, 25, 5, 6)
     windows = windows.repeat_interleave(2, 3).repeat_interleave(2, 4)
     torch.testing.assert_close(shares, (kernels * windows).sum(2))
