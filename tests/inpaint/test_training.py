@@ -21,7 +21,7 @@ from carafe_d2.errors import UserError
 from carafe_d2.inference import Predictor, read_image
 from carafe_d2.inpaint.data import InpaintMapper, irregular, rectangle
 from carafe_d2.inpaint.evaluation import InpaintingEvaluator
-from tools import predict, visualize
+from tools import analyze_model, predict, visualize
 
 CONFIGS = {
     model: f"shapes_inpaint_{model}_carafe.yaml" for model in ("global_local", "partial_conv")
@@ -178,6 +178,16 @@ def test_evaluation_alone_finds_what_the_training_found(model, trained, tmp_path
         keys += ["TEST.EXPECTED_RESULTS", str(expected)]
         with pytest.raises(SystemExit) if deviation else contextlib.nullcontext():
             train(CONFIGS[model], tmp_path, "--eval-only", options=keys)
+
+
+def test_analyze_model_counts_the_model_in_its_own_size(capsys):
+    options = ["--tasks", "flop", "parameter"]
+    analyze_model.main(["--config-file", CONFIGS["partial_conv"], *options, *SMALL])
+    output = capsys.readouterr().out
+    model = train_net.Trainer.build_model(load_config(CONFIGS["partial_conv"], SMALL))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert f"parameters: {parameters / 1e6:.2f} M" in output
+    assert re.search(r"decoder +\| [\d.]+K +\| \d\.\d+M +\|", output)
 
 
 # --- data ---------------------------------------------------------------------------------------
