@@ -177,16 +177,20 @@ def training_command(row: dict) -> list[str]:
 # By the name of a table its title, what tells its rows apart, and where the figures are from. The
 # one of MMDetection's checkpoints has columns of its own.
 _NOTES = "from notes on the CARAFE paper (arXiv 1905.02188)"
-_DEFAULT = "of the default, whose figure is also that of MMDetection's page of 2019"
+_DEFAULT = "only the default's is at hand; MMDetection's page of 2019 gives it, too"
 TABLES = {
     "test_dev": ("COCO test-dev", "CARAFE in", f"{_NOTES}."),
-    "placement": ("Where CARAFE stands", "CARAFE in", f"{_NOTES}; the last also on that page."),
+    "placement": (
+        "Where CARAFE stands",
+        "CARAFE in",
+        f"{_NOTES}; MMDetection's page of 2019 gives the last, too.",
+    ),
     "pyramid_upsampler": ("Upsamplers in the pyramid", "upsampler", f"{_NOTES}."),
     "mask_head_upsampler": ("Upsamplers in the mask head", "upsampler", f"{_NOTES}."),
     "kernels": (
         "Sizes of the kernels",
         "encoder, reassembly",
-        f"{_DEFAULT}. The notes say that the paper's go from 37.3 to 38.1, but not which is which.",
+        f"{_DEFAULT}.\nBy the notes the paper's go from 37.3 to 38.1; which is which is not known.",
     ),
     "compressor": ("Width of the compressor", "channels", f"{_DEFAULT}."),
     "normalizer": ("Normalizers", "normalizer", f"{_DEFAULT}."),
