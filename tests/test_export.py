@@ -1,7 +1,12 @@
-"""What PyTorch's tracers make of the upsampler: torch.compile, torch.export and ONNX."""
+"""What PyTorch's tracers make of the upsampler: torch.compile, torch.export, AOTInductor, ONNX."""
 
 import copy
 import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +14,9 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 from torch.export import Dim
 
-from carafe_d2 import CARAFE, CARAFEPack, add_carafe_config
+from carafe_d2 import CARAFE, CARAFEPack, add_carafe_config, collect_env
 from carafe_d2.errors import UserError
+from carafe_d2.export import run_package, save_package
 from carafe_d2.onnx import to_onnx
 from carafe_d2.ops import DECOMPOSITIONS
 
@@ -149,6 +155,61 @@ def test_decompositions_replace_the_operator(model, inputs):
     program = torch.export.export(model, tuple(inputs)).run_decompositions(DECOMPOSITIONS)
     assert not {node.target for node in program.graph.nodes} & DECOMPOSITIONS.keys()
     torch.testing.assert_close(program.module()(*inputs), model(*inputs))
+
+
+# --------------------------------------------------------------------------------- AOTInductor
+
+
+class MaskHead(torch.nn.Module):
+    """Some layers on as many maps as are bright, and how many these are."""
+
+    def __init__(self):
+        super().__init__()
+        convs = [torch.nn.Conv2d(8, 8, 3, padding=1) for _ in range(2)]
+        self.layers = torch.nn.Sequential(*convs, pack(up_kernel=3))
+
+    def forward(self, x):
+        chosen = x[x.mean(dim=(1, 2, 3)) > 0]
+        return {"masks": self.layers(chosen), "number": torch.ones_like(chosen).sum() / 240}
+
+
+@pytest.mark.slow
+def test_package_runs_without_python(tmp_path):
+    """By the commands of docs/export.md. For such batches, stacked convolutions were wrong."""
+    root = Path(__file__).parents[1]
+    model, x = MaskHead().eval(), torch.randn(4, 8, 5, 6)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
+        save_package(program, tmp_path / "model.pt2")
+        run = run_package(tmp_path / "model.pt2")
+        for images in (
+            x,
+            x.abs(),
+            -x.abs(),
+            torch.randn(5, 6, 7, 8).permute(0, 3, 1, 2)[..., :5, :6],
+        ):
+            torch.testing.assert_close(run(images), model(images))
+
+    (script,) = re.findall(r"```sh\n(torch=.*?)```", (root / "docs/export.md").read_text(), re.S)
+    (tmp_path / "docs").symlink_to(root / "docs")
+    (tmp_path / "carafe_d2").mkdir()
+    (tmp_path / "carafe_d2/_C.so").symlink_to(collect_env.LIBRARY)
+    torch.save(x, tmp_path / "image.pt")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(
+        ["sh", "-ec", script], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True
+    )
+    outputs = torch.load(tmp_path / "outputs.pt")
+    for output, expected in zip(outputs, model(x).values(), strict=True):
+        torch.testing.assert_close(output, expected)
+
+
+def test_package_without_a_compiler(tmp_path):
+    program = torch.export.export(torch.nn.ReLU(), (torch.randn(4, 5),))
+    message = r"^AOTInductor cannot compile it: [^\n]*C\+\+[^\n]*$"
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("no-compiler",)})
+    with no_compiler, pytest.raises(UserError, match=message):
+        save_package(program, tmp_path / "model.pt2")
 
 
 # ---------------------------------------------------------------------------------------- ONNX

@@ -136,7 +136,7 @@ def test_part_that_cannot_be_exported_is_named():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--format", "caffe2"], "--format must be one of onnx, torch_export, torchscript"),
+        (["--format", "caffe2"], "--format must be one of onnx, aotinductor, torch_export"),
         (["--format", "torch_export", "--inline"], "--inline goes with --format onnx only"),
         (["--sample-image", "a.png"], "--sample-image goes with --format torchscript only"),
         (["--format", "torchscript", "--sample-image", "a.png"], "cannot read image a.png"),
