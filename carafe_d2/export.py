@@ -5,6 +5,7 @@ and masks to the size of the original image, follows in Python; :class:`Exported
 """
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -232,6 +233,11 @@ def export_program(model: nn.Module) -> torch.export.ExportedProgram:
     Raises:
         UserError: a part of the model cannot be exported; the message names it.
     """
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        # AOTInductor takes the weights of 1x1 convolutions for contiguous even in channels_last,
+        # and its masks are wrong then.
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     detector = TensorDetector(model).eval()
     sides = {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
     with _naming_the_part(model), _exportable(), torch.no_grad():

@@ -14,7 +14,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 from torch.export import Dim
 
-from carafe_d2 import CARAFE, CARAFEPack, add_carafe_config, collect_env
+from carafe_d2 import CARAFE, CARAFEPack, add_carafe_config, carafe_upsample, collect_env
 from carafe_d2.errors import UserError
 from carafe_d2.export import run_package, save_package
 from carafe_d2.onnx import to_onnx
@@ -361,6 +361,25 @@ def test_onnx_function_of_the_plain_operator(kernel, group, scale):
     feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
     (output,) = session.run(None, feed)
     torch.testing.assert_close(torch.from_numpy(output), model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float16"), ("float16", "float32")])
+def test_onnx_function_of_mixed_precision(dtypes):
+    """As CARAFEPack under autocast makes it: features and logits differ in dtype."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Mixed(torch.nn.Module):
+        def forward(self, features, logits):
+            return carafe_upsample(features, logits, 3, 1, 2)
+
+    shapes = (1, 4, 5, 6), (1, 36, 5, 6)
+    inputs = [torch.randn(s).to(getattr(torch, d)) for s, d in zip(shapes, dtypes, strict=True)]
+    file = to_onnx(torch.export.export(Mixed(), tuple(inputs)))
+    session = onnxruntime.InferenceSession(file.SerializeToString())
+    names = [argument.name for argument in session.get_inputs()]
+    (output,) = session.run(None, {n: t.numpy() for n, t in zip(names, inputs, strict=True)})
+    torch.testing.assert_close(torch.from_numpy(output), Mixed()(*inputs))
 
 
 def test_what_has_no_form_in_onnx_is_named():
