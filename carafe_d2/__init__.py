@@ -15,6 +15,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .checkpoint import CarafeCheckpointer
     from .config import add_carafe_config
+    from .downsample import CARAFEDownsample, CARAFEDownsamplePack
     from .fpn import (
         CarafeFPN,
         build_resnet_carafe_fpn_backbone,
@@ -22,8 +23,15 @@ if TYPE_CHECKING:
     )
     from .legacy import LegacyAnchorGenerator, LegacyRCNN
     from .mask_head import MaskRCNNCarafeUpsampleHead
-    from .ops import DECOMPOSITIONS, carafe, carafe_upsample, flop_count_ops
-    from .reference import carafe_naive
+    from .ops import (
+        DECOMPOSITIONS,
+        carafe,
+        carafe_downsample,
+        carafe_downsample_softmax,
+        carafe_upsample,
+        flop_count_ops,
+    )
+    from .reference import carafe_downsample_naive, carafe_naive
     from .replace import replace_upsampling
     from .semantic_seg import CarafeSemSegFPNHead, build_resnet_carafe_semantic_fpn_backbone
     from .upernet import UPerNetHead
@@ -40,6 +48,8 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "BatchNormCARAFE": "yolo",
     "CARAFE": "upsample",
+    "CARAFEDownsample": "downsample",
+    "CARAFEDownsamplePack": "downsample",
     "CARAFENaive": "upsample",
     "CARAFEPack": "upsample",
     "DECOMPOSITIONS": "ops",
@@ -48,6 +58,9 @@ _MODULE_OF = {
     "ProjectedCARAFE": "yolo",
     "build_upsampler": "upsample",
     "carafe": "ops",
+    "carafe_downsample": "ops",
+    "carafe_downsample_naive": "reference",
+    "carafe_downsample_softmax": "ops",
     "carafe_naive": "reference",
     "carafe_upsample": "ops",
     "flop_count_ops": "ops",

@@ -32,7 +32,7 @@ from .module_state import (
     give_each_place_its_own,
     inherit,
 )
-from .upsample import CARAFEPack, _check_sizes, check_options, xavier_init
+from .upsample import CARAFEPack, check_options, check_sizes, xavier_init
 
 _MODES = ("nearest", "nearest-exact", "bilinear")
 _MIN_CHANNELS = 4
@@ -171,7 +171,7 @@ def replace_upsampling(
         "compressed_channels": compressed_channels,
         "normalizer": normalizer,
     }
-    _check_sizes(max_scale=max_scale)
+    check_sizes(max_scale=max_scale)
     check_options(**options)
     examples = example_inputs
     if not isinstance(examples, list) or {type(example) for example in examples} != {tuple}:

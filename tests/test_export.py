@@ -1,4 +1,4 @@
-"""What PyTorch's tracers make of the upsampler: torch.compile, torch.export, AOTInductor, ONNX."""
+"""What PyTorch's tracers make of up- and downsampler: compile, export, AOTInductor, ONNX."""
 
 import copy
 import io
@@ -14,11 +14,21 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 from torch.export import Dim
 
-from carafe_d2 import CARAFE, CARAFEPack, add_carafe_config, carafe_upsample, collect_env
+from carafe_d2 import (
+    CARAFE,
+    CARAFEDownsample,
+    CARAFEDownsamplePack,
+    CARAFEPack,
+    add_carafe_config,
+    carafe_upsample,
+    collect_env,
+)
 from carafe_d2.errors import UserError
 from carafe_d2.export import run_package, save_package
 from carafe_d2.onnx import to_onnx
 from carafe_d2.ops import DECOMPOSITIONS
+from carafe_d2.reference import downsampled
+from carafe_d2.upsample import KernelPrediction
 
 ANY_SIZE = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}  # batch, height and width
 
@@ -31,13 +41,20 @@ def seeded():
 def with_lively_kernels(model: torch.nn.Module) -> torch.nn.Module:
     """Fresh CARAFE kernels are all but uniform; these are not."""
     for module in model.modules():
-        if isinstance(module, CARAFEPack):
+        if isinstance(module, KernelPrediction):
             torch.nn.init.normal_(module.content_encoder.weight, std=0.3)
     return model.eval()
 
 
 def pack(**options) -> CARAFEPack:
     return with_lively_kernels(CARAFEPack(8, **{"scale_factor": 2, **options}))
+
+
+def down(**options) -> CARAFEDownsamplePack:
+    return with_lively_kernels(CARAFEDownsamplePack(8, **{"scale_factor": 2, **options}))
+
+
+BOTH = pytest.mark.parametrize("make", [pack, down])
 
 
 def pyramid(up_kernel: int) -> torch.nn.Module:
@@ -70,11 +87,12 @@ class SomeOf(torch.nn.Module):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_trains_compiled_without_recompiling(backend, device):
+@BOTH
+def test_trains_compiled_without_recompiling(make, backend, device):
     # Inductor of older versions compiles plain convolutions for one size, on CPUs.
     fixed_size = backend == "inductor" and torch.__version__ < "2.15"
     torch.compiler.reset()
-    eager = pack().to(device, torch.float64)
+    eager = make().to(device, torch.float64)
     module = copy.deepcopy(eager)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
     for stance, size in (("default", (2, 8, 6, 5)), ("fail_on_recompile", (3, 8, 4, 9))):
@@ -105,19 +123,22 @@ def test_compiles_with_a_batch_that_depends_on_data():
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_upsampler_exports_with_the_operator_as_one_node(strict):
-    model = pack()
+@BOTH
+def test_exports_with_the_operator_as_one_node(make, strict):
+    model = make()
     program = torch.export.export(
         model, (torch.randn(2, 8, 5, 6),), dynamic_shapes=(ANY_SIZE,), strict=strict
     )
     calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    assert calls[-1] is torch.ops.carafe_d2.carafe_upsample.default
+    assert calls[-1] in DECOMPOSITIONS
 
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
     loaded = torch.export.load(file).module()
-    for size in ((2, 8, 5, 6), (1, 8, 9, 4), (3, 8, 1, 1)):
+    sizes = (2, 8, 5, 6), (1, 8, 9, 4), (3, 8, 1, 1)
+    # PyTorch takes what a convolution with a stride puts out for larger than one pixel.
+    for size in sizes if make is pack else sizes[:2]:
         x = torch.randn(size)
         assert torch.equal(loaded(x), model(x))
 
@@ -148,8 +169,10 @@ def test_exports_with_a_batch_that_depends_on_data():
     [
         (pack(), [torch.randn(2, 8, 5, 6)]),
         (CARAFE(3, 2, 2).eval(), [torch.randn(2, 4, 5, 6), torch.randn(2, 18, 10, 12)]),
+        (down(down_kernel=3), [torch.randn(2, 8, 5, 6)]),
+        (CARAFEDownsample(3, 2, 2).eval(), [torch.randn(2, 4, 5, 6), torch.randn(2, 18, 3, 3)]),
     ],
-    ids=["fused", "plain"],
+    ids=["fused", "plain", "fused down", "plain down"],
 )
 def test_decompositions_replace_the_operator(model, inputs):
     program = torch.export.export(model, tuple(inputs)).run_decompositions(DECOMPOSITIONS)
@@ -263,6 +286,13 @@ def test_upsampler_in_onnx(options):
 
 
 @pytest.mark.slow
+def test_downsampler_in_onnx():
+    model = down(down_kernel=3, down_group=2, scale_factor=3)
+    others = [(torch.randn(1, 8, 9, 4),), (torch.randn(3, 8, 1, 1),)]
+    check_onnx(model, (torch.randn(2, 8, 5, 6),), others, dynamic_shapes=(ANY_SIZE,))
+
+
+@pytest.mark.slow
 def test_half_precision_upsampler_in_onnx():
     check_onnx(pack(up_kernel=3).half(), (torch.randn(1, 8, 5, 6).half(),))
 
@@ -324,17 +354,21 @@ def test_onnx_functions_for_runtimes_with_a_kernel_of_their_own():
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = torch.nn.Sequential(pack(up_kernel=3), pack(up_kernel=3), pack(up_kernel=1, up_group=2))
+    model = torch.nn.Sequential(
+        *(pack(up_kernel=3), pack(up_kernel=3), pack(up_kernel=1, up_group=2)),
+        down(scale_factor=3, down_kernel=3),
+    )
     program = torch.export.export(model, (torch.randn(2, 8, 5, 6),), dynamic_shapes=(ANY_SIZE,))
     file = to_onnx(program)
     nodes = [node for node in file.graph.node if node.domain == "carafe_d2"]
-    assert [node.op_type for node in nodes] == ["carafe_upsample"] * 3
+    names = ["carafe_upsample"] * 3 + ["carafe_downsample_softmax"]
+    assert [node.op_type for node in nodes] == names
     assert {a.name: a.i for a in nodes[2].attribute} == {
         "kernel_size": 1,
         "group_size": 2,
         "scale_factor": 2,
     }
-    assert len(file.functions) == 2
+    assert len(file.functions) == 3
     inlined = to_onnx(program, inline=True)
     assert not inlined.functions
     assert {node.domain for node in inlined.graph.node} == {""}
@@ -348,12 +382,16 @@ def test_onnx_functions_for_runtimes_with_a_kernel_of_their_own():
     onnx.checker.check_model(inlined, full_check=True)
 
 
+@pytest.mark.parametrize(
+    ("module", "size"), [(CARAFE, lambda side, s: side * s), (CARAFEDownsample, downsampled)]
+)
 @pytest.mark.parametrize(("kernel", "group", "scale"), [(3, 2, 2), (1, 1, 3), (5, 1, 1)])
-def test_onnx_function_of_the_plain_operator(kernel, group, scale):
+def test_onnx_function_of_the_plain_operator(kernel, group, scale, module, size):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = CARAFE(kernel, group, scale).eval()
-    inputs = torch.randn(2, 4, 5, 6), torch.randn(2, group * kernel**2, 5 * scale, 6 * scale)
+    model = module(kernel, group, scale).eval()
+    masks = torch.randn(2, group * kernel**2, size(5, scale), size(6, scale))
+    inputs = torch.randn(2, 4, 5, 6), masks
     session = onnxruntime.InferenceSession(
         to_onnx(torch.export.export(model, inputs)).SerializeToString()
     )
