@@ -23,6 +23,8 @@ if TYPE_CHECKING:
         build_resnet_carafe_pafpn_backbone,
         build_retinanet_resnet_carafe_fpn_backbone,
     )
+    from .inpaint.global_local import GlobalLocalInpainter
+    from .inpaint.partial_conv import PartialConvInpainter
     from .legacy import LegacyAnchorGenerator, LegacyRCNN
     from .mask_head import MaskRCNNCarafeUpsampleHead
     from .ops import (
@@ -75,9 +77,11 @@ _DETECTRON2_MODULE_OF = {
     "CarafeFPN": "fpn",
     "CarafePAFPN": "fpn",
     "CarafeSemSegFPNHead": "semantic_seg",
+    "GlobalLocalInpainter": "inpaint.global_local",
     "LegacyAnchorGenerator": "legacy",
     "LegacyRCNN": "legacy",
     "MaskRCNNCarafeUpsampleHead": "mask_head",
+    "PartialConvInpainter": "inpaint.partial_conv",
     "UPerNetHead": "upernet",
     "add_carafe_config": "config",
     "build_resnet_carafe_backbone": "resnet",
@@ -101,6 +105,7 @@ def _register_dataset() -> None:
 
 def _register_models() -> None:
     from . import backbones, fpn, legacy, mask_head, resnet, semantic_seg, upernet
+    from .inpaint import global_local, partial_conv
 
 
 when_imported("detectron2.data", _register_dataset)

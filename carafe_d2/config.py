@@ -59,7 +59,8 @@ def add_carafe_config(cfg: CN) -> None:
 
     # How build_*_carafe_fpn_backbone upsamples: carafe, nearest, bilinear, deconv, pixel_shuffle.
     cfg.MODEL.FPN.UPSAMPLE = "carafe"
-    # How MaskRCNNCarafeUpsampleHead upsamples: carafe, deconv (the stock head), nearest, bilinear.
+    # How MaskRCNNCarafeUpsampleHead upsamples: carafe, nearest, bilinear, deconv (the stock head),
+    # pixel_shuffle.
     cfg.MODEL.ROI_MASK_HEAD.UPSAMPLE = "carafe"
     # How CarafeSemSegFPNHead upsamples: carafe, nearest, bilinear (the stock head), deconv,
     # pixel_shuffle.
@@ -73,11 +74,37 @@ def add_carafe_config(cfg: CN) -> None:
     # Weight of a loss on what the second coarsest of its maps alone predicts; 0: no such loss.
     cfg.MODEL.UPERNET.AUX_LOSS_WEIGHT = 0.0
 
+    # How GlobalLocalInpainter and PartialConvInpainter upsample: carafe, nearest (stock partial
+    # convolutions), bilinear, deconv (stock Global&Local), pixel_shuffle.
+    cfg.MODEL.INPAINT = CN()
+    cfg.MODEL.INPAINT.UPSAMPLE = "carafe"
+    # Channels of the first convolutions; the others have multiples of them. Normalization.
+    cfg.MODEL.INPAINT.CHANNELS = 64
+    cfg.MODEL.INPAINT.NORM = "BN"
+    # Side of the squares that are cut out of the resized images, in pixels.
+    cfg.MODEL.INPAINT.CROP_SIZE = 256
+    # Holes: a rectangle, whose least and greatest side are HOLE_SIZE, or irregular ones.
+    cfg.MODEL.INPAINT.MASK = "rectangle"
+    cfg.MODEL.INPAINT.HOLE_SIZE = (96, 128)
+    # Of GlobalLocalInpainter: side of what the local discriminator sees; weight of the
+    # discriminators' verdict; iterations of the completion network alone, and then of the
+    # discriminators alone.
+    cfg.MODEL.INPAINT.LOCAL_SIZE = 128
+    cfg.MODEL.INPAINT.ADVERSARIAL_WEIGHT = 0.0004
+    cfg.MODEL.INPAINT.COMPLETION_ITERS = 90000
+    cfg.MODEL.INPAINT.DISCRIMINATOR_ITERS = 10000
+    # Of PartialConvInpainter: how often its images are halved; whether the encoder's norms keep
+    # their statistics; torchvision's VGG-16 for the losses of content and style, "" for neither.
+    cfg.MODEL.INPAINT.NUM_LEVELS = 8
+    cfg.MODEL.INPAINT.FREEZE_ENCODER_NORM = False
+    cfg.MODEL.INPAINT.VGG_WEIGHTS = ""
+
     # The network of build_{torchvision,timm}_carafe_fpn_backbone by its name there, and whether to
     # load its ImageNet weights.
     cfg.MODEL.BACKBONE.MODEL = ""
     cfg.MODEL.BACKBONE.PRETRAINED = False
-    # Datasets of your own in COCO's format: "NAME=ANNOTATIONS.json:IMAGES/".
+    # Datasets of your own in COCO's format: "NAME=ANNOTATIONS.json:IMAGES/"; for inpainting
+    # "NAME=IMAGES/".
     cfg.DATASETS.REGISTER = ()
 
     # Of train_net.py: keep weights and feature maps in the channels_last memory format.
@@ -182,7 +209,7 @@ def find_config_file(name: str) -> str:
 # Keys of Detectron2's defaults that its own code does not read either, or that belong to a trainer
 # other than ours. A value other than the default would do nothing.
 WITHOUT_EFFECT: tuple[str, ...] = ("GLOBAL.HACK",)
-_TASKS = ("bbox", "segm", "keypoints", "sem_seg", "panoptic_seg", "box_proposals")
+_TASKS = ("bbox", "segm", "keypoints", "sem_seg", "panoptic_seg", "box_proposals", "inpainting")
 
 
 def check_config(cfg: CN, *, eval_only: bool = False) -> None:
@@ -226,6 +253,11 @@ def check_config(cfg: CN, *, eval_only: bool = False) -> None:
                 f"TEST.EXPECTED_RESULTS must be like [['bbox', 'AP', 38.5, 0.2]], got {expected!r}"
             )
     check_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
+
+
+def is_inpainting(cfg: CN) -> bool:
+    """Whether the config's model is one of ``carafe_d2.inpaint``."""
+    return cfg.MODEL.META_ARCHITECTURE in ("GlobalLocalInpainter", "PartialConvInpainter")
 
 
 def check_folder(key: str, folder: str) -> None:

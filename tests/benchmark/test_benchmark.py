@@ -500,6 +500,7 @@ def test_errors_of_peers_are_noted_and_those_of_carafe_are_not():
         (["--shape", "1", "6", "4", "4", "--cases", "p3"], "--shape replaces the standard cases"),
         (["--downsampling"], "--downsampling goes with --shape only"),
         (["--training"], "--training goes with --detector only"),
+        (["--runtimes", "onnxruntime"], "--runtimes goes with --detector only"),
         (["--detector", "--cases", "p3"], "--cases does not go with --detector"),
         (["--detector", "--layout", "contiguous", "channels_last"], "takes one --layout"),
         (["--detector", "yolo"], "--detector: expected a YAML file or one of .*, got 'yolo'"),
@@ -593,30 +594,47 @@ def small_configs(tmp_path_factory):
     return [str(baseline), str(carafe)]
 
 
-def test_detectors_and_their_baselines(small_configs, tmp_path, capsys):
+def test_detectors_and_their_baselines(small_configs, tmp_path, capsys, monkeypatch):
+    from carafe_d2.benchmark import __main__, detectors
+    from carafe_d2.export import TensorDetector
+
+    def missing(model, folder):
+        raise UserError("pip install onnxruntime")
+
+    runtimes = dict(zip(__main__.RUNTIMES, (missing, lambda m, _: TensorDetector(m)), strict=True))
+    assert runtimes.keys() == detectors.RUNTIMES.keys()
+    monkeypatch.setattr(detectors, "RUNTIMES", runtimes)
     page = tmp_path / "page.md"
     page.write_text(PAGE.format("detectors cpu"))
     options = ["--quick", "--training", "--device", "cpu", "--size", "96", "128"]
     options += ["--output", str(tmp_path), "--markdown", str(page)]
-    benchmark.main(["--detector", *small_configs, *options])
+    benchmark.main(["--detector", *small_configs, *options, "--runtimes", *runtimes])
     content = json.loads((tmp_path / "detectors.json").read_text())
     assert content["settings"]["weights"] == "random, seed 0"
     results = {(r["mode"], r["config"]): r for r in content["results"]}
-    modes, names = ("inference", "training"), ("small", "small_carafe")
-    assert list(results) == [(mode, name) for mode in modes for name in names]
-    for (mode, _), result in results.items():
+    names = ["small", "small_carafe"]
+    rows = [f"{name}{suffix}" for name in names for suffix in ("", *(f", {r}" for r in runtimes))]
+    assert [name for mode, name in results if mode == "inference"] == rows
+    assert [name for mode, name in results if mode == "training"] == names
+    for (mode, name), result in results.items():
+        if "onnxruntime" in name:
+            assert result["skipped"] == "pip install onnxruntime"
+            assert result["milliseconds"] is None
+            continue
         assert result["images_per_second"] == pytest.approx(1e3 / result["milliseconds"])
-        assert result["baseline"] == "small"
+        detector, _, runtime = name.partition(", ")
+        assert result["baseline"] == (detector if runtime else "small")
         assert result["rounds"] >= 3
-        assert result["gflops"] > 0
+        assert runtime or result["gflops"] > 0
         # as many as the config lets through, so the mask head has the same work in both models
         assert result["objects"] == (20 if mode == "inference" else 12)
         # a detector that is said to be faster takes less time in the same table
-        baseline = results[mode, "small"]["milliseconds"]
+        baseline = results[mode, result["baseline"]]["milliseconds"]
         assert result["speed"] == pytest.approx(baseline / result["milliseconds"])
     assert results["training", "small"]["gflops"] > 2 * results["inference", "small"]["gflops"]
     output = capsys.readouterr().out
     assert "inference, one image of 96x128, random weights" in output
+    assert "\nsmall, onnxruntime: not measured, pip install onnxruntime\n" in output
     assert "| small_carafe | " in page.read_text()
 
 
