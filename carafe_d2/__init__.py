@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from .downsample import CARAFEDownsample, CARAFEDownsamplePack
     from .fpn import (
         CarafeFPN,
+        CarafePAFPN,
         build_resnet_carafe_fpn_backbone,
+        build_resnet_carafe_pafpn_backbone,
         build_retinanet_resnet_carafe_fpn_backbone,
     )
     from .inpaint.global_local import GlobalLocalInpainter
@@ -34,7 +36,8 @@ if TYPE_CHECKING:
         flop_count_ops,
     )
     from .reference import carafe_downsample_naive, carafe_naive
-    from .replace import replace_upsampling
+    from .replace import replace_downsampling, replace_upsampling
+    from .resnet import build_resnet_carafe_backbone, downsample_with_carafe
     from .semantic_seg import CarafeSemSegFPNHead, build_resnet_carafe_semantic_fpn_backbone
     from .upernet import UPerNetHead
     from .upsample import (
@@ -66,11 +69,13 @@ _MODULE_OF = {
     "carafe_naive": "reference",
     "carafe_upsample": "ops",
     "flop_count_ops": "ops",
+    "replace_downsampling": "replace",
     "replace_upsampling": "replace",
 }
 _DETECTRON2_MODULE_OF = {
     "CarafeCheckpointer": "checkpoint",
     "CarafeFPN": "fpn",
+    "CarafePAFPN": "fpn",
     "CarafeSemSegFPNHead": "semantic_seg",
     "GlobalLocalInpainter": "inpaint.global_local",
     "LegacyAnchorGenerator": "legacy",
@@ -79,9 +84,12 @@ _DETECTRON2_MODULE_OF = {
     "PartialConvInpainter": "inpaint.partial_conv",
     "UPerNetHead": "upernet",
     "add_carafe_config": "config",
+    "build_resnet_carafe_backbone": "resnet",
     "build_resnet_carafe_fpn_backbone": "fpn",
+    "build_resnet_carafe_pafpn_backbone": "fpn",
     "build_resnet_carafe_semantic_fpn_backbone": "semantic_seg",
     "build_retinanet_resnet_carafe_fpn_backbone": "fpn",
+    "downsample_with_carafe": "resnet",
 }
 
 __all__ = ["__version__", *_MODULE_OF]
@@ -96,7 +104,7 @@ def _register_dataset() -> None:
 
 
 def _register_models() -> None:
-    from . import backbones, fpn, legacy, mask_head, semantic_seg, upernet
+    from . import backbones, fpn, legacy, mask_head, resnet, semantic_seg, upernet
     from .inpaint import global_local, partial_conv
 
 

@@ -39,6 +39,24 @@ def add_carafe_config(cfg: CN) -> None:
     # What makes weights of the predictions: softmax, sigmoid, normalized_sigmoid, none.
     cfg.MODEL.CARAFE.NORMALIZER = "softmax"
 
+    # The CARAFE downsamplers of pyramid and ResNet (CARAFE++); names as in the arguments of
+    # CARAFEDownsamplePack.
+    cfg.MODEL.CARAFE_DOWNSAMPLE = CN()
+    # Side of the reassembly kernel, odd, and number of channel groups with kernels of their own.
+    cfg.MODEL.CARAFE_DOWNSAMPLE.DOWN_KERNEL = 5
+    cfg.MODEL.CARAFE_DOWNSAMPLE.DOWN_GROUP = 1
+    # As in MODEL.CARAFE.
+    cfg.MODEL.CARAFE_DOWNSAMPLE.ENCODER_KERNEL = 3
+    cfg.MODEL.CARAFE_DOWNSAMPLE.ENCODER_DILATION = 1
+    cfg.MODEL.CARAFE_DOWNSAMPLE.COMPRESSED_CHANNELS = 16
+    cfg.MODEL.CARAFE_DOWNSAMPLE.NORMALIZER = "softmax"
+    # How the stages of the ResNet of build_resnet_carafe_*_backbone halve the resolution: by the
+    # strides of their first block's convolutions (""), or before that block by CARAFE (carafe).
+    cfg.MODEL.RESNETS.DOWNSAMPLE = ""
+    # How build_*_carafe_*_backbone makes extra levels, and the bottom-up path of a PAFPN its
+    # coarser levels: by convolutions with a stride (""), or by CARAFE (carafe).
+    cfg.MODEL.FPN.DOWNSAMPLE = ""
+
     # How build_*_carafe_fpn_backbone upsamples: carafe, nearest, bilinear, deconv, pixel_shuffle.
     cfg.MODEL.FPN.UPSAMPLE = "carafe"
     # How MaskRCNNCarafeUpsampleHead upsamples: carafe, nearest, bilinear, deconv (the stock head),
@@ -312,8 +330,51 @@ def upsampler_options(cfg: CN, upsample_key: str, choices: Sequence[str], channe
     if name != "carafe":
         return {"name": name}
 
+    return {"name": name, **_carafe_options(cfg, "CARAFE", "UP_GROUP", upsample_key, channels)}
+
+
+def downsampler_options(cfg: CN, downsample_key: str, channels: int) -> dict | None:
+    """Reads whether a part of the model downsamples with CARAFE, and its options.
+
+    Args:
+        cfg: a config with the keys of :func:`add_carafe_config`.
+        downsample_key: the key under MODEL that says so, e.g. "FPN.DOWNSAMPLE".
+        channels: channels of the feature map to be downsampled.
+
+    Returns:
+        Keyword arguments for :class:`carafe_d2.CARAFEDownsamplePack`, or None for convolutions with
+        a stride.
+
+    Raises:
+        UserError: a value is out of its range; the message names the key.
+    """
+    section, key = downsample_key.split(".")
+    name = cfg.MODEL[section][key]
+    if name not in ("", "carafe"):
+        raise UserError(
+            f"MODEL.{downsample_key} must be carafe, or empty for convolutions with a stride, "
+            f"got {name!r}"
+        )
+    if not name:
+        return None
+    return _carafe_options(cfg, "CARAFE_DOWNSAMPLE", "DOWN_GROUP", downsample_key, channels)
+
+
+def _carafe_options(cfg: CN, section: str, group: str, user: str, channels: int) -> dict:
+    """The options of CARAFE in a section of MODEL, in small letters.
+
+    Args:
+        cfg: a config with the keys of :func:`add_carafe_config`.
+        section: "CARAFE" or "CARAFE_DOWNSAMPLE".
+        group: its key that has to divide the channels.
+        user: the key under MODEL that asks for CARAFE.
+        channels: channels of the feature map that it works on.
+
+    Raises:
+        UserError: a value is out of its range; the message names the key.
+    """
     # One by one, or a config that records what is read of it would not know.
-    options = {option: cfg.MODEL.CARAFE[option] for option in cfg.MODEL.CARAFE}
+    options = {option: cfg.MODEL[section][option] for option in cfg.MODEL[section]}
     for option, value in options.items():
         if option == "NORMALIZER":
             is_right, wanted = value in NORMALIZERS, f"one of {', '.join(NORMALIZERS)}"
@@ -324,11 +385,10 @@ def upsampler_options(cfg: CN, upsample_key: str, choices: Sequence[str], channe
         else:
             is_right, wanted = value > 0, "positive"
         if not is_right:
-            raise UserError(f"MODEL.CARAFE.{option} must be {wanted}, got {value!r}")
-    up_group = options["UP_GROUP"]
-    if channels % up_group:
+            raise UserError(f"MODEL.{section}.{option} must be {wanted}, got {value!r}")
+    if channels % options[group]:
         raise UserError(
-            f"MODEL.CARAFE.UP_GROUP = {up_group} must divide the {channels} channels that "
-            f"MODEL.{upsample_key} works on"
+            f"MODEL.{section}.{group} = {options[group]} must divide the {channels} channels that "
+            f"MODEL.{user} works on"
         )
-    return {"name": name, **{k.lower(): v for k, v in options.items()}}
+    return {option.lower(): value for option, value in options.items()}

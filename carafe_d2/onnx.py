@@ -70,8 +70,9 @@ def to_onnx(program: torch.export.ExportedProgram, inline: bool = False):
 
 def _translation(operator: torch._ops.OpOverload) -> Callable:
     """What PyTorch's exporter calls to make a node of the operator."""
+    from onnx import TensorProto
     from onnx.defs import OpSchema
-    from onnxscript import values
+    from onnxscript import opset18, values
 
     name, kernels = operator._schema.name.split("::")[1], operator._schema.arguments[1].name
     dtypes = [f"tensor({dtype})" for dtype in ("float", "double", "float16", "bfloat16")]
@@ -87,13 +88,12 @@ def _translation(operator: torch._ops.OpOverload) -> Callable:
     make_node = values.Op(values.Opset(DOMAIN, 1), name, schema)
 
     def translate(features, kernels, kernel_size: int, group_size: int, scale_factor: int):
-        return make_node(
-            features,
-            kernels,
-            kernel_size=kernel_size,
-            group_size=group_size,
-            scale_factor=scale_factor,
-        )
+        sizes = dict(zip(_SIZES, (kernel_size, group_size, scale_factor), strict=True))
+        if (dtype := features.dtype) == kernels.dtype:
+            return make_node(features, kernels, **sizes)
+        # As the operator does with a half type beside another one, it computes in float32.
+        wide = [opset18.Cast(x, to=TensorProto.FLOAT) for x in (features, kernels)]
+        return opset18.Cast(make_node(*wide, **sizes), to=dtype)
 
     return translate
 

@@ -12,7 +12,7 @@ from detectron2.solver import build_lr_scheduler
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from carafe_d2 import CarafeFPN, CARAFEPack, train_net
+from carafe_d2 import CARAFEDownsamplePack, CarafeFPN, CARAFEPack, CarafePAFPN, train_net
 from carafe_d2.config import load_config
 from carafe_d2.upsample import UPSAMPLERS
 
@@ -59,7 +59,10 @@ def test_config_trains_and_predicts(path):
     assert ("loss_mask" in losses) == has_masks
     assert ("loss_sem_seg" in losses) == (kind in ("panoptic", "semantic", "upernet"))
     assert isinstance(model.backbone, CarafeFPN) == ("carafe" in path.stem and kind != "upernet")
-    packs = [name for name, m in model.named_modules() if isinstance(m, CARAFEPack)]
+    packs = [m for m in model.modules() if isinstance(m, CARAFEPack)]
+    down = [m for m in model.modules() if isinstance(m, CARAFEDownsamplePack)]
+    # In three stages of the ResNet, for p6, and four times in the bottom-up path.
+    assert len(down) == 8 * isinstance(model.backbone, CarafePAFPN) == 8 * ("PAFPN" in path.stem)
     expected = 0
     if "carafe" in path.stem:
         pyramid = 3 if kind in ("semantic", "upernet") else 4

@@ -109,6 +109,7 @@ def compiled(folder: Path, *flags: str) -> Path:
         pytest.skip("needs g++, and a processor for which the emulator has fibers")
     library = folder / "emulation.so"
     flags = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags)
+    flags = ("-march=native", "-fno-stack-protector", *flags)  # a fifth faster
     subprocess.run([compiler, *flags, "-shared", "-fPIC", SOURCE, "-o", library], check=True)
     return library
 
@@ -486,9 +487,9 @@ TENSOR_CORE_CASES = [
 @pytest.mark.parametrize("case", TENSOR_CORE_CASES, ids=lambda case: str(case.shape))
 def test_half_types_with_tensor_cores_and_without(emulation, case, dtypes, fused):
     case = replace(case, dtypes=dtypes, fused=fused)
-    for multiprocessors in (1, 132):
-        check(emulation, case, multiprocessors)
-        check(emulation, case, multiprocessors, 0, False)
+    check(emulation, case, 1)
+    check(emulation, case, 132)
+    check(emulation, case, 132, 0, False)
 
 
 @pytest.mark.parametrize(
@@ -664,6 +665,7 @@ PTX_CASES = [
     replace(CHANNELS_LAST, shape=(1, 32, 3, 11), scale=4),
     Case((2, 12, 3, 5), scale=3, dtypes=(F64, F64)),
     Case((2, 12, 5, 3), kernel=9, dtypes=(F64, F64), channels_last=True),
+    Case((2, 12, 5, 7), scale=1, stride=2, dtypes=(F64, F64)),
 ]
 
 
@@ -731,6 +733,7 @@ def run_sanitized(tmp_path_factory, sanitizer_runtimes):
         PTX: "",
         "ASAN_OPTIONS": "detect_leaks=0",  # Python itself and PyTorch never free some memory
         "LD_PRELOAD": runtimes,
+        "PYTEST_ADDOPTS": "",
         "PYTHONPATH": str(Path(carafe_d2.__file__).parents[1]),
     }
 

@@ -1,7 +1,12 @@
-"""What PyTorch's tracers make of up- and downsampler: torch.compile, torch.export and ONNX."""
+"""What PyTorch's tracers make of up- and downsampler: compile, export, AOTInductor, ONNX."""
 
 import copy
 import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +20,11 @@ from carafe_d2 import (
     CARAFEDownsamplePack,
     CARAFEPack,
     add_carafe_config,
+    carafe_upsample,
+    collect_env,
 )
 from carafe_d2.errors import UserError
+from carafe_d2.export import run_package, save_package
 from carafe_d2.onnx import to_onnx
 from carafe_d2.ops import DECOMPOSITIONS
 from carafe_d2.reference import downsampled
@@ -170,6 +178,61 @@ def test_decompositions_replace_the_operator(model, inputs):
     program = torch.export.export(model, tuple(inputs)).run_decompositions(DECOMPOSITIONS)
     assert not {node.target for node in program.graph.nodes} & DECOMPOSITIONS.keys()
     torch.testing.assert_close(program.module()(*inputs), model(*inputs))
+
+
+# --------------------------------------------------------------------------------- AOTInductor
+
+
+class MaskHead(torch.nn.Module):
+    """Some layers on as many maps as are bright, and how many these are."""
+
+    def __init__(self):
+        super().__init__()
+        convs = [torch.nn.Conv2d(8, 8, 3, padding=1) for _ in range(2)]
+        self.layers = torch.nn.Sequential(*convs, pack(up_kernel=3))
+
+    def forward(self, x):
+        chosen = x[x.mean(dim=(1, 2, 3)) > 0]
+        return {"masks": self.layers(chosen), "number": torch.ones_like(chosen).sum() / 240}
+
+
+@pytest.mark.slow
+def test_package_runs_without_python(tmp_path):
+    """By the commands of docs/export.md. For such batches, stacked convolutions were wrong."""
+    root = Path(__file__).parents[1]
+    model, x = MaskHead().eval(), torch.randn(4, 8, 5, 6)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
+        save_package(program, tmp_path / "model.pt2")
+        run = run_package(tmp_path / "model.pt2")
+        for images in (
+            x,
+            x.abs(),
+            -x.abs(),
+            torch.randn(5, 6, 7, 8).permute(0, 3, 1, 2)[..., :5, :6],
+        ):
+            torch.testing.assert_close(run(images), model(images))
+
+    (script,) = re.findall(r"```sh\n(torch=.*?)```", (root / "docs/export.md").read_text(), re.S)
+    (tmp_path / "docs").symlink_to(root / "docs")
+    (tmp_path / "carafe_d2").mkdir()
+    (tmp_path / "carafe_d2/_C.so").symlink_to(collect_env.LIBRARY)
+    torch.save(x, tmp_path / "image.pt")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(
+        ["sh", "-ec", script], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True
+    )
+    outputs = torch.load(tmp_path / "outputs.pt")
+    for output, expected in zip(outputs, model(x).values(), strict=True):
+        torch.testing.assert_close(output, expected)
+
+
+def test_package_without_a_compiler(tmp_path):
+    program = torch.export.export(torch.nn.ReLU(), (torch.randn(4, 5),))
+    message = r"^AOTInductor cannot compile it: [^\n]*C\+\+[^\n]*$"
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("no-compiler",)})
+    with no_compiler, pytest.raises(UserError, match=message):
+        save_package(program, tmp_path / "model.pt2")
 
 
 # ---------------------------------------------------------------------------------------- ONNX
@@ -336,6 +399,25 @@ def test_onnx_function_of_the_plain_operator(kernel, group, scale, module, size)
     feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
     (output,) = session.run(None, feed)
     torch.testing.assert_close(torch.from_numpy(output), model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float16"), ("float16", "float32")])
+def test_onnx_function_of_mixed_precision(dtypes):
+    """As CARAFEPack under autocast makes it: features and logits differ in dtype."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Mixed(torch.nn.Module):
+        def forward(self, features, logits):
+            return carafe_upsample(features, logits, 3, 1, 2)
+
+    shapes = (1, 4, 5, 6), (1, 36, 5, 6)
+    inputs = [torch.randn(s).to(getattr(torch, d)) for s, d in zip(shapes, dtypes, strict=True)]
+    file = to_onnx(torch.export.export(Mixed(), tuple(inputs)))
+    session = onnxruntime.InferenceSession(file.SerializeToString())
+    names = [argument.name for argument in session.get_inputs()]
+    (output,) = session.run(None, {n: t.numpy() for n, t in zip(names, inputs, strict=True)})
+    torch.testing.assert_close(torch.from_numpy(output), Mixed()(*inputs))
 
 
 def test_what_has_no_form_in_onnx_is_named():
