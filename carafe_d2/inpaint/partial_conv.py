@@ -90,16 +90,18 @@ class PartialConv2d(nn.Module):
 def upsample_masked(upsampler: nn.Module, masked: Masked) -> Masked:
     """Upsamples a map, and its validity the same way.
 
-    With CARAFE the validity is reassembled with the kernels of the map. Interpolation does the
-    same to both. Behind a deconvolution or sub-pixel convolution, each value is valid as that was
-    which it lies in.
+    With CARAFE the validity is reassembled with the kernels of the map: a value is valid where they
+    gather anything valid. Interpolation does the same to both. Behind a deconvolution or sub-pixel
+    convolution, each value is valid as that was which it lies in.
     """
     x, mask = masked
     if isinstance(upsampler, CARAFEPack):
         kernels = upsampler.predict(x)
         mask = mask.expand(-1, upsampler.up_group, -1, -1)
         with torch.no_grad():
-            mask = upsampler.reassemble(mask, *kernels)
+            # No shares: divided by those, kernels that learn to lie outside the map cost nothing
+            # until nothing valid is left, and nothing to learn from.
+            mask = (upsampler.reassemble(mask, *kernels) > 0).to(mask.dtype)
         return upsampler.reassemble(x, *kernels), mask
     if isinstance(upsampler, nn.Upsample):
         return upsampler(x), upsampler(mask)

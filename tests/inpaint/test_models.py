@@ -227,7 +227,7 @@ def test_partial_convolution_is_that_of_the_paper():
 def test_masks_are_reassembled_with_the_kernels_of_the_map(up_group):
     torch.manual_seed(0)
     pack = with_lively_kernels(build_upsampler("carafe", 4, up_group=up_group))
-    mask = (torch.rand(2, 1, 5, 6) < 0.5).float()
+    mask = (torch.rand(2, 1, 5, 6) < 0.04).float()
     x = torch.randn(2, 4, 5, 6) * mask
     upsampled, shares = upsample_masked(pack, (x, mask))
     assert torch.equal(upsampled, pack(x))
@@ -236,10 +236,11 @@ def test_masks_are_reassembled_with_the_kernels_of_the_map(up_group):
     kernels = pack.masks(logits).unflatten(1, (up_group, 25))
     windows = F.unfold(mask, 5, padding=2).view(2, 1, 25, 5, 6)
     windows = windows.repeat_interleave(2, 3).repeat_interleave(2, 4)
-    torch.testing.assert_close(shares, (kernels * windows).sum(2))
-    # So a constant behind holes is a constant still, once it is divided by what is valid of it.
-    constant = upsample_masked(pack, (mask.expand(-1, 4, -1, -1), mask))
-    torch.testing.assert_close(constant[0], constant[1].repeat_interleave(4 // up_group, 1))
+    assert torch.equal(shares, ((kernels * windows).sum(2) > 0).float())
+    assert (
+        0 < shares.mean() < 1
+        and (upsampled * (shares.repeat_interleave(4 // up_group, 1) == 0) == 0).all()
+    )
 
 
 @pytest.mark.parametrize("name", ["nearest", "bilinear", "deconv", "pixel_shuffle"])
