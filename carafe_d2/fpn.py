@@ -90,18 +90,19 @@ class CarafeFPN(Backbone):
         self._out_feature_strides = {f"p{level}": 2**level for level in self._levels}
         self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
 
-        for i, level in enumerate(self._levels):
-            if i < len(shapes):
-                lateral = _conv(shapes[i].channels, out_channels, 1, norm)
-            else:
-                in_channels = shapes[-1].channels if i == len(shapes) else out_channels
-                if downsampler is not None:
-                    pack = CARAFEDownsamplePack(in_channels, 2, **downsampler)
-                    self.add_module(f"fpn_downsample{level}", pack)
-                stride = 2 if downsampler is None else 1
-                lateral = _conv(in_channels, out_channels, 3, norm, stride)
+        # All lateral convolutions first, so that a seed means the same training as ever.
+        laterals = [_conv(shape.channels, out_channels, 1, norm) for shape in shapes]
+        extra_channels = [shapes[-1].channels, *[out_channels] * num_extra_levels]
+        for channels in extra_channels[:num_extra_levels]:
+            stride = 2 if downsampler is None else 1
+            laterals.append(_conv(channels, out_channels, 3, norm, stride))
+        for level, lateral in zip(self._levels, laterals, strict=True):
             self.add_module(f"fpn_lateral{level}", lateral)
             self.add_module(f"fpn_output{level}", _conv(out_channels, out_channels, 3, norm))
+        if downsampler is not None:
+            for level, channels in zip(self._levels[len(shapes) :], extra_channels, strict=False):
+                pack = CARAFEDownsamplePack(channels, 2, **downsampler)
+                self.add_module(f"fpn_downsample{level}", pack)
         for level in self._levels[:-1]:
             self.add_module(
                 f"fpn_upsample{level}",
