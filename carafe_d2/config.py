@@ -103,8 +103,8 @@ def add_carafe_config(cfg: CN) -> None:
     # load its ImageNet weights.
     cfg.MODEL.BACKBONE.MODEL = ""
     cfg.MODEL.BACKBONE.PRETRAINED = False
-    # Datasets of your own in COCO's format: "NAME=ANNOTATIONS.json:IMAGES/"; for inpainting
-    # "NAME=IMAGES/".
+    # Datasets of your own in COCO's format: "NAME=ANNOTATIONS.json:IMAGES/"; for semantic
+    # segmentation "NAME=LABELS/:IMAGES/"; for inpainting "NAME=IMAGES/".
     cfg.DATASETS.REGISTER = ()
 
     # Of train_net.py: keep weights and feature maps in the channels_last memory format.

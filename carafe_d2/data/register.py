@@ -1,25 +1,33 @@
 """Datasets of the user's own, registered alike from a config and from a command line."""
 
 import json
+import os
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from ..errors import UserError
-from .builtin import is_ours, register_images
+from .builtin import is_ours, load_images, register_images
 
-_FORM = "NAME=ANNOTATIONS.json:IMAGES/, or for inpainting NAME=IMAGES/"
+_FORM = (
+    "NAME=ANNOTATIONS.json:IMAGES/, for semantic segmentation NAME=LABELS/:IMAGES/, "
+    "or for inpainting NAME=IMAGES/"
+)
+_CLASSES = "classes.txt"  # among the label images, a name a line
 
 
 def register_datasets(descriptions: Iterable[str]) -> list[str]:
-    """Registers datasets of COCO's format, or of images alone, with Detectron2; the same one may be
-    registered again.
+    """Registers datasets of COCO's format, of images and label images, or of images alone, with
+    Detectron2; the same one may be registered again.
 
     Args:
-        descriptions: of the form ``NAME=ANNOTATIONS.json:IMAGES/`` or ``NAME=IMAGES/``, as
-            DATASETS.REGISTER and the option ``--dataset`` of the programs take them.
+        descriptions: of the form ``NAME=ANNOTATIONS.json:IMAGES/``, ``NAME=LABELS/:IMAGES/`` or
+            ``NAME=IMAGES/``, as DATASETS.REGISTER and the option ``--dataset`` of the programs
+            take them. In LABELS are PNG files named as the images, whose pixels are classes, 255
+            for none, and the names of the classes, from 0 on, line by line in ``classes.txt``.
 
     Returns:
         The names.
@@ -45,6 +53,10 @@ def _register(description: str) -> str:
         return name
     if not (name and equals and colon and annotations):
         raise UserError(f"dataset {description!r}: expected {_FORM}")
+    if not Path(images).is_dir():
+        raise UserError(f"dataset {name!r}: {images} is no folder of images")
+    if Path(annotations).is_dir():
+        return _register_labels(name, annotations, images)
     try:
         categories = json.loads(Path(annotations).read_bytes())["categories"]
         categories = sorted(categories, key=lambda category: category["id"])
@@ -55,9 +67,6 @@ def _register(description: str) -> str:
         raise UserError(
             f"dataset {name!r}: {annotations} is no COCO annotation file with categories"
         ) from error
-    if not Path(images).is_dir():
-        raise UserError(f"dataset {name!r}: {images} is no folder of images")
-
     if not _is_new(name, json_file=annotations, image_root=images):
         return name
     keypoints = _keypoints(categories)
@@ -67,6 +76,45 @@ def _register(description: str) -> str:
     metadata.thing_classes = classes
     metadata.thing_dataset_id_to_contiguous_id = {c["id"]: i for i, c in enumerate(categories)}
     return name
+
+
+def _register_labels(name: str, labels: str, images: str) -> str:
+    try:
+        classes = (Path(labels) / _CLASSES).read_text().split("\n")
+    except OSError as error:
+        raise UserError(
+            f"dataset {name!r}: cannot read {labels}/{_CLASSES}, which names the classes, one a "
+            f"line: {error.strerror}"
+        ) from error
+    if _is_new(name, sem_seg_root=labels, image_root=images):
+        DatasetCatalog.register(name, partial(_load_labels, name, labels, images))
+        MetadataCatalog.get(name).set(
+            image_root=images,
+            sem_seg_root=labels,
+            evaluator_type="sem_seg",
+            stuff_classes=[line.strip() for line in classes if line.strip()],
+            ignore_label=255,
+        )
+    return name
+
+
+def _load_labels(name: str, labels: str, images: str) -> list[dict]:
+    """Detectron2's list of dicts.
+
+    Raises:
+        UserError: there are no images, or some without labels.
+    """
+    records = load_images(Path(images), name)
+    for record in records:
+        stem = os.path.splitext(os.path.relpath(record["file_name"], images))[0]
+        record["sem_seg_file_name"] = os.path.join(labels, f"{stem}.png")
+    missing = [file for r in records if not os.path.isfile(file := r["sem_seg_file_name"])]
+    if missing:
+        raise UserError(
+            f"dataset {name!r}: labels of {len(missing)} of {len(records)} images are missing, "
+            f"such as {missing[0]}"
+        )
+    return records
 
 
 def _is_new(name: str, **paths: str) -> bool:
