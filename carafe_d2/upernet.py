@@ -228,6 +228,4 @@ def _interpolate(x: Tensor, **options) -> Tensor:
 
 
 def _crop(x: Tensor, like: Tensor) -> Tensor:
-    # By indexing, torch.export would take it for granted that nothing, or something, is cut off.
-    height, width = like.shape[-2:]
-    return x.narrow(-2, 0, height).narrow(-1, 0, width)
+    return x[..., : like.shape[-2], : like.shape[-1]]
