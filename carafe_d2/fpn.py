@@ -92,15 +92,17 @@ class CarafeFPN(Backbone):
 
         # All lateral convolutions first, so that a seed means the same training as ever.
         laterals = [_conv(shape.channels, out_channels, 1, norm) for shape in shapes]
-        extra_channels = [shapes[-1].channels, *[out_channels] * num_extra_levels]
-        for channels in extra_channels[:num_extra_levels]:
-            stride = 2 if downsampler is None else 1
+        extra_channels = [
+            out_channels if i else shapes[-1].channels for i in range(num_extra_levels)
+        ]
+        stride = 2 if downsampler is None else 1
+        for channels in extra_channels:
             laterals.append(_conv(channels, out_channels, 3, norm, stride))
         for level, lateral in zip(self._levels, laterals, strict=True):
             self.add_module(f"fpn_lateral{level}", lateral)
             self.add_module(f"fpn_output{level}", _conv(out_channels, out_channels, 3, norm))
         if downsampler is not None:
-            for level, channels in zip(self._levels[len(shapes) :], extra_channels, strict=False):
+            for level, channels in zip(self._levels[len(shapes) :], extra_channels, strict=True):
                 pack = CARAFEDownsamplePack(channels, 2, **downsampler)
                 self.add_module(f"fpn_downsample{level}", pack)
         for level in self._levels[:-1]:
@@ -185,11 +187,9 @@ class CarafePAFPN(CarafeFPN):
         in_features: list[str],
         out_channels: int,
         *,
-        num_extra_levels: int = 1,
         norm: str = "",
-        fuse_type: str = "sum",
-        upsampler: dict | None = None,
         downsampler: dict | None = None,
+        **kwargs,
     ):
         """
         Args:
@@ -200,14 +200,7 @@ class CarafePAFPN(CarafeFPN):
         The others are those of :class:`CarafeFPN`.
         """
         super().__init__(
-            bottom_up,
-            in_features,
-            out_channels,
-            num_extra_levels=num_extra_levels,
-            norm=norm,
-            fuse_type=fuse_type,
-            upsampler=upsampler,
-            downsampler=downsampler,
+            bottom_up, in_features, out_channels, norm=norm, downsampler=downsampler, **kwargs
         )
         for level in self._levels[1:]:
             downsample: nn.Module

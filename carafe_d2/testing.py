@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .reference import downsampled
+
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "expanded", "broadcast"]
 TOLERANCE = {F64: (1e-10, 1e-10), F32: (2e-5, 2e-5), F16: (2e-3, 2e-3), BF16: (1.6e-2, 1.6e-2)}
@@ -56,7 +58,7 @@ class Case:
         taps = self.group * self.kernel**2
         name = operator if isinstance(operator, str) else operator.__name__
         if name.startswith("carafe_downsample"):
-            kernels_shape = (n, taps, -(-h // self.scale), -(-w // self.scale))
+            kernels_shape = (n, taps, downsampled(h, self.scale), downsampled(w, self.scale))
         elif name.startswith("carafe_upsample"):
             kernels_shape = (n, taps * self.scale**2, h, w)
         else:

@@ -487,9 +487,9 @@ TENSOR_CORE_CASES = [
 @pytest.mark.parametrize("case", TENSOR_CORE_CASES, ids=lambda case: str(case.shape))
 def test_half_types_with_tensor_cores_and_without(emulation, case, dtypes, fused):
     case = replace(case, dtypes=dtypes, fused=fused)
-    check(emulation, case, 1)
-    check(emulation, case, 132)
-    check(emulation, case, 132, 0, False)
+    for multiprocessors in (1, 132):
+        check(emulation, case, multiprocessors)
+        check(emulation, case, multiprocessors, 0, False)
 
 
 @pytest.mark.parametrize(

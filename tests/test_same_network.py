@@ -371,7 +371,7 @@ def test_detections(run):
 def test_masks(run):
     _, _, ours, theirs = run
     masks = ours["instances"].pred_masks[partners(ours["instances"], theirs)]
-    assert 0.001 < theirs["masks"].float().mean() < 0.5  # or there is nothing to compare
+    assert 0.005 < theirs["masks"].float().mean() < 0.5
     # A pixel whose probability is a hair's breadth from one half may differ.
     assert (masks != theirs["masks"]).float().mean() < 1e-4
 
