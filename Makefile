@@ -1,7 +1,7 @@
 # make quickstart   set up, train and evaluate the small example, draw its predictions
 # make test         set up, run the test suite
 # make bench        set up, measure CARAFE against other upsamplers (a quarter of an hour)
-# make compare      set up, train the small example with five upsamplers (half an hour)
+# make compare      set up, fetch real images, train with five upsamplers (an hour and a half)
 # make gpu-check    set up, check everything on this machine's GPU, write one report
 # make lint         set up, check style and types: ruff, mypy, clang-format
 # make format       set up, bring every file into the project's style
@@ -59,7 +59,7 @@ bench: environment
 	$(PY) -m carafe_d2.benchmark
 
 compare: environment
-	@$(PY) -m carafe_d2.data.shapes
+	@$(PY) dev/real_images.py
 	@$(PY) dev/compare.py
 
 gpu-check: environment

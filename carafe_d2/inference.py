@@ -1,8 +1,8 @@
 """What the programs that look at a trained detector share: its loading, its input, its pictures."""
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,6 +24,7 @@ from .errors import UserError
 from .files import write_file
 from .inpaint.data import InpaintMapper
 from .model_settings import ModelSettings
+from .upsample import CARAFEPack
 
 if TYPE_CHECKING:  # they import Matplotlib, which not every program needs
     from detectron2.utils.video_visualizer import VideoVisualizer
@@ -184,6 +185,37 @@ class Predictor:
         truth = to_rgb(given["image"])
         masked = np.where(given["mask"].numpy()[..., None], np.uint8(127), truth)
         return Inpainting(masked, to_rgb(output["inpainted"]), truth)
+
+
+def blank_image(cfg: CfgNode, height: int, width: int) -> list[dict]:
+    """An empty image as a model's input; one for inpainting has a size of its own, and a hole."""
+    if is_inpainting(cfg):
+        height = width = cfg.MODEL.INPAINT.CROP_SIZE
+    image = torch.zeros(len(cfg.MODEL.PIXEL_MEAN), height, width, dtype=torch.uint8)
+    mask = {"mask": torch.ones(height, width, dtype=torch.bool)} if is_inpainting(cfg) else {}
+    return [{"image": image, "height": height, "width": width, **mask}]
+
+
+@contextmanager
+def recorded_kernels(packs: Iterable[CARAFEPack]) -> Iterator[list[tuple[CARAFEPack, Tensor]]]:
+    """Gathers, in the list that it yields, the kernels that upsamplers predict meanwhile.
+
+    They are (N, groups, k*k, scale * H, scale * W), float32, on the CPU.
+    """
+    recorded: list[tuple[CARAFEPack, Tensor]] = []
+
+    def record(pack: CARAFEPack, logits: Tensor) -> None:
+        masks = pack.masks(logits.float().cpu())
+        recorded.append((pack, masks.unflatten(1, (pack.up_group, pack.up_kernel**2))))
+
+    with ExitStack() as hooks:
+        for pack in packs:
+            hooks.enter_context(
+                pack.content_encoder.register_forward_hook(
+                    lambda _, __, logits, pack=pack: record(pack, logits)
+                )
+            )
+        yield recorded
 
 
 def draw_prediction(

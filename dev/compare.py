@@ -1,12 +1,19 @@
 #!/usr/bin/env python3
-"""Compares upsamplers by training: box AP, mask AP and boundary AP, with their spread over seeds.
+"""Compares upsamplers by training on real images, with the pretrained features of MobileNetV2.
 
-Every run is train_net.py with the same config, schedule and seeds; only the upsamplers of pyramid
-and mask head differ. A stopped comparison goes on where it was when the command is repeated.
+Studies:
+    instances   Mask R-CNN, fine-tuned: upsamplers of pyramid and mask head
+    semantic    Semantic FPN on frozen features: upsamplers of pyramid and head
+    inpainting  Partial Conv, from random weights: all upsamplers
+
+Every run is train_net.py with the same config and schedule; only upsampler, learning rate and seed
+differ. The learning rate is chosen for each upsampler by a run on a part of the data that is in
+neither training nor test; then come the seeds, which are tested. A stopped comparison goes on where
+it was when the command is repeated. Data and weights are those of dev/real_images.py.
 
 Examples:
     python dev/compare.py
-    python dev/compare.py --methods nearest,carafe --seeds 5 --output output/compare_5
+    python dev/compare.py --studies semantic --methods bilinear,carafe --seeds 10
     python dev/compare.py --markdown docs/compare.md
 """
 
@@ -14,6 +21,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -23,55 +31,85 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
+from detectron2.utils.analysis import FlopCountAnalysis
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from scipy.stats import t as student_t
 
+from carafe_d2 import kernel_statistics
 from carafe_d2.collect_env import describe_machine, machine_sentence
 from carafe_d2.config import load_config
-from carafe_d2.data.build import check_datasets
+from carafe_d2.data.builtin import datasets_root
 from carafe_d2.errors import UserError, exit_on_user_error
 from carafe_d2.files import MarkdownBlock, format_table, write_file
+from carafe_d2.inference import blank_image, read_image
+from carafe_d2.kernel_statistics import border_distance, labels_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK_START = ROOT / "configs" / "shapes_mask_rcnn_R18_FPN_carafe.yaml"
-# In a training this short, small steps on few images teach more than few steps on many; the rate
-# follows the square root of the number of images, as suits AdamW.
-SHORT_TRAINING = ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.001"]
-# MODEL.FPN.UPSAMPLE, and the MODEL.ROI_MASK_HEAD.UPSAMPLE that goes with it. The mask head knows no
-# pixel shuffle, so it keeps the stock deconvolution there.
-METHODS = {
-    "nearest": "nearest",
-    "bilinear": "bilinear",
-    "deconv": "deconv",
-    "pixel_shuffle": "deconv",
-    "carafe": "carafe",
-}
-METRICS = ("box AP", "mask AP", "boundary AP")
-# Config keys that the comparison sets itself, and what sets them.
-RESERVED = {
-    "MODEL.FPN.UPSAMPLE": "--methods",
-    "MODEL.ROI_MASK_HEAD.UPSAMPLE": "--methods",
-    "SEED": "--seeds",
-    "SOLVER.MAX_ITER": "--iterations",
-    "OUTPUT_DIR": "--output",
-}
+CONFIGS = Path(__file__).with_name("compare")
 BLOCK = "dev/compare.py --markdown writes this"
+NUCLEUS = 1  # the class of the label images; 0 is background
+TUNING_SEED = 0  # of the runs that choose the learning rate
+METHODS = ("nearest", "bilinear", "deconv", "pixel_shuffle", "carafe")
 
 
-# --- boundary AP --------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A model whose upsamplers are compared.
+
+    Attributes:
+        name: of its config in dev/compare/, without ".yaml".
+        keys: that choose the upsampler.
+        metrics: what is measured, the first one to choose the learning rate by; more is better.
+        rates: learning rates to choose from.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    metrics: tuple[str, ...]
+    rates: tuple[float, ...]
+
+    @property
+    def config_file(self) -> Path:
+        return CONFIGS / f"{self.name}.yaml"
+
+
+STUDIES = {
+    study.name: study
+    for study in (
+        Study(
+            "instances",
+            ("MODEL.FPN.UPSAMPLE", "MODEL.ROI_MASK_HEAD.UPSAMPLE"),
+            ("mask AP", "box AP", "boundary AP"),
+            (0.0003, 0.001, 0.003),
+        ),
+        Study(
+            "semantic",
+            ("MODEL.FPN.UPSAMPLE", "MODEL.SEM_SEG_HEAD.UPSAMPLE"),
+            ("mIoU", "boundary IoU"),
+            (0.001, 0.003, 0.01),
+        ),
+        Study("inpainting", ("MODEL.INPAINT.UPSAMPLE",), ("PSNR",), (0.001, 0.003, 0.01)),
+    )
+}
+
+
+# --- boundary AP and boundary IoU ---------------------------------------------------------------
 
 
 def boundary(mask: np.ndarray, width: float = 0.02) -> np.ndarray:
@@ -133,6 +171,28 @@ def boundary_ap(annotation_file: str | Path, detections: list[dict]) -> float:
     return 100 * float(ap) if ap >= 0 else math.nan
 
 
+def boundary_iou(predictions: list[dict], records: Iterable[dict], category: int) -> float:
+    """The IoU of the borders of a class's regions, in percent, summed up over all images.
+
+    The borders are those of Boundary IoU, and the sums as in the mean IoU.
+
+    Args:
+        predictions: what Detectron2's evaluator saves, a mask for each class of an image.
+        records: Detectron2's dicts of the images.
+        category: the class.
+    """
+    found = {p["file_name"]: p for p in predictions if p["category_id"] == category}
+    both = either = 0
+    for record in records:
+        border = boundary((labels_of(record) == category + 1).astype(np.uint8))
+        other = np.zeros_like(border)
+        if record["file_name"] in found:
+            other = boundary(mask_util.decode(found[record["file_name"]]["segmentation"]))
+        both += int(np.count_nonzero(border & other))
+        either += int(np.count_nonzero(border | other))
+    return 100 * both / either if either else math.nan
+
+
 # --- one run ------------------------------------------------------------------------------------
 
 
@@ -141,23 +201,40 @@ class Run:
     """A training with its evaluation.
 
     Attributes:
-        method: a key of `METHODS`.
-        seed: the config's SEED.
+        study: what is trained.
+        method: the upsampler, one of `METHODS`.
+        rate: the config's SOLVER.BASE_LR.
+        seed: the config's SEED; that of `TUNING_SEED` is evaluated on the tuning set.
         folder: the config's OUTPUT_DIR; log, command and result are kept there too.
         command: the arguments of Python, train_net.py first.
     """
 
+    study: Study
     method: str
+    rate: float
     seed: int
     folder: Path
     command: list[str]
 
     def __str__(self):
-        return f"{self.method}, seed {self.seed}"
+        return f"{self.study.name}, {self.method}, learning rate {self.rate:g}, seed {self.seed}"
 
     @property
     def log(self) -> Path:
         return self.folder / "train.log"
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "model_final.pth"
+
+    def config(self, *opts: str) -> CfgNode:
+        """What train_net.py was given, and further keys and values."""
+        return load_config(str(self.study.config_file), [*self.command[4:], *opts])
+
+    def found(self) -> list[dict]:
+        """What Detectron2's evaluator saved of its masks, those of an image one after the other."""
+        name = {"instances": "coco_instances_results", "semantic": "sem_seg_predictions"}
+        return json.loads((self.folder / "inference" / f"{name[self.study.name]}.json").read_text())
 
     def result(self) -> dict | None:
         """What was measured, or None where the run has not finished."""
@@ -167,36 +244,48 @@ class Run:
             return None
 
 
-def make_runs(args: argparse.Namespace, cfg: CfgNode) -> list[Run]:
-    """All runs of the comparison, seed by seed.
+def registered(root: Path) -> tuple[str, ...]:
+    """DATASETS.REGISTER of all sets of dev/real_images.py, in the three forms of the studies."""
+    descriptions = []
+    for name in ("train", "tune", "test"):
+        images = root / name
+        descriptions += [
+            f"real_instances_{name}={root / name}.json:{images}",
+            f"real_semantic_{name}={root / name}_labels:{images}",
+            f"real_inpainting_{name}={images}",
+        ]
+    return tuple(descriptions)
 
+
+def make_run(args: argparse.Namespace, study: Study, method: str, rate: float, seed: int) -> Run:
+    """
     Raises:
         UserError: a run was begun in the same folder with other settings.
     """
-    # Warm-up and steps keep their place in the schedule.
-    scale = args.iterations / cfg.SOLVER.MAX_ITER
-    steps = tuple(round(step * scale) for step in cfg.SOLVER.STEPS)
-    schedule = [
-        *("SOLVER.MAX_ITER", str(args.iterations), "SOLVER.STEPS", str(steps)),
-        *("SOLVER.WARMUP_ITERS", str(round(cfg.SOLVER.WARMUP_ITERS * scale))),
-    ]
-    runs = []
-    for seed in range(1, args.seeds + 1):
-        for method in args.methods:
-            folder = args.output.absolute() / f"{method}_seed{seed}"
-            command = [
-                *("train_net.py", "--resume", "--config-file", str(args.config_file)),
-                *("MODEL.FPN.UPSAMPLE", method, "MODEL.ROI_MASK_HEAD.UPSAMPLE", METHODS[method]),
-                *(*args.opts, *schedule, "SEED", str(seed), "OUTPUT_DIR", str(folder)),
-            ]
-            runs.append(Run(method, seed, folder, command))
-            begun = folder / "command.txt"
-            if begun.exists() and begun.read_text() != shlex.join(["python", *command]):
-                raise UserError(
-                    f"{folder} holds a run with other settings; remove it or choose another folder "
-                    "with --output"
-                )
-    return runs
+    folder = args.output.absolute() / study.name / f"{method}_rate{rate:g}_seed{seed}"
+    test = "tune" if seed == TUNING_SEED else "test"
+    keys = {
+        **dict.fromkeys(study.keys, method),
+        "DATASETS.REGISTER": registered(args.data),
+        "DATASETS.TEST": (f"real_{study.name}_{test}",),
+        "SOLVER.BASE_LR": rate,
+        "SEED": seed,
+        "OUTPUT_DIR": folder,
+    }
+    if study.name != "inpainting":
+        keys["MODEL.WEIGHTS"] = args.data / "mobilenet_v2.pth"
+    if args.iterations:
+        keys |= {"SOLVER.MAX_ITER": args.iterations, "SOLVER.WARMUP_ITERS": args.iterations // 10}
+    opts = [str(word) for pair in keys.items() for word in pair]
+    command = ["train_net.py", "--resume", "--config-file", str(study.config_file), *opts]
+    run = Run(study, method, rate, seed, folder, command)
+    begun = folder / "command.txt"
+    if begun.exists() and begun.read_text() != shlex.join(["python", *command]):
+        raise UserError(
+            f"{folder} holds a run with other settings; remove it or choose another folder "
+            "with --output"
+        )
+    return run
 
 
 def start(run: Run, threads: int | None) -> subprocess.Popen:
@@ -211,11 +300,12 @@ def start(run: Run, threads: int | None) -> subprocess.Popen:
         )
 
 
-def finish(run: Run, returncode: int, annotation_file: str) -> dict:
+def finish(run: Run, returncode: int) -> dict:
     """Measures a run that has ended, and keeps the result in its folder.
 
     Returns:
-        `METRICS` in percent, and seconds per iteration (None if training was too short to tell).
+        The metrics of its study, in percent and dB, and seconds per iteration (None if training was
+        too short to tell).
 
     Raises:
         UserError: the run failed.
@@ -224,34 +314,39 @@ def finish(run: Run, returncode: int, annotation_file: str) -> dict:
         raise UserError(f"ended by signal {-returncode}")
     if returncode:
         raise UserError(run.log.read_text().rstrip().rpartition("\n")[2].removeprefix("error: "))
-    evaluated, seconds = {}, []
+    metrics: dict[str, Any] = {}
+    seconds = []
     for line in (run.folder / "metrics.json").read_text().splitlines():
         entry = json.loads(line)
-        if "bbox/AP" in entry:
-            evaluated = entry
+        metrics |= entry
         if "time" in entry:
             seconds.append(entry["time"])
-    detections = run.folder / "inference" / "coco_instances_results.json"
-    values = (
-        evaluated["bbox/AP"],
-        evaluated["segm/AP"],
-        boundary_ap(annotation_file, json.loads(detections.read_text())),
-    )
-    result = {
-        **dict(zip(METRICS, values, strict=True)),
-        "s/iteration": statistics.median(seconds) if seconds else None,
+    names = {
+        "box AP": "bbox/AP",
+        "mask AP": "segm/AP",
+        "mIoU": "sem_seg/mIoU",
+        "PSNR": "inpainting/PSNR",
     }
+    result = {m: metrics[names[m]] for m in run.study.metrics if m in names}
+    (dataset,) = run.config().DATASETS.TEST
+    if run.study.name == "instances":
+        annotations = MetadataCatalog.get(dataset).json_file
+        result["boundary AP"] = boundary_ap(annotations, run.found())
+    if run.study.name == "semantic":
+        result["boundary IoU"] = boundary_iou(run.found(), DatasetCatalog.get(dataset), NUCLEUS)
+    result["s/iteration"] = statistics.median(seconds) if seconds else None
     write_file(run.folder / "result.json", json.dumps(result))
     return result
 
 
-def run_all(runs: list[Run], jobs: int, threads: int | None, annotation_file: str) -> list[str]:
-    """Does the runs, `jobs` at a time, and prints what comes out.
+def run_all(runs: list[Run], jobs: int, threads: int | None) -> list[str]:
+    """Does the runs that have no result yet, `jobs` at a time, and prints what comes out.
 
     Returns:
         A line for each run that failed.
     """
-    waiting, failures, done = list(runs), [], 0
+    waiting = [run for run in runs if not run.result()]
+    count, failures, done = len(waiting), [], 0
     running: dict[Run, subprocess.Popen] = {}
     begin = time.monotonic()
     try:
@@ -264,16 +359,16 @@ def run_all(runs: list[Run], jobs: int, threads: int | None, annotation_file: st
                 process = running.pop(run)
                 done += 1
                 try:
-                    result = finish(run, process.returncode, annotation_file)
-                    text = ", ".join(f"{name} {result[name]:.1f}" for name in METRICS)
+                    result = finish(run, process.returncode)
+                    text = ", ".join(f"{name} {result[name]:.2f}" for name in run.study.metrics)
                 except UserError as error:
                     text = f"failed: {error} (log: {run.log})"
                     failures.append(f"{run}: {text}")
                 minutes = (time.monotonic() - begin) / 60
-                left = minutes / done * (len(runs) - done)
+                left = minutes / done * (count - done)
                 print(
-                    f"[{done}/{len(runs)}] {run}: {text}; {minutes:.1f} min, "
-                    f"about {left:.0f} min to go",
+                    f"[{done}/{count}] {run}: {text}; {minutes:.1f} min, about {left:.0f} min of "
+                    "these to go",
                     flush=True,
                 )
     finally:
@@ -286,157 +381,289 @@ def run_all(runs: list[Run], jobs: int, threads: int | None, annotation_file: st
 # --- report -------------------------------------------------------------------------------------
 
 
-def summarize(results: list[dict]) -> dict:
-    """Mean and sample standard deviation of each metric over the seeds of a method.
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean of a sample, and half the width of its 95 % confidence interval by Student's t.
 
-    Args:
-        results: what :func:`finish` returned for each seed.
-
-    Returns:
-        For each metric `mean` and `std`; std is None for one seed. Of the time only the mean.
+    Of one value there is no interval.
     """
-    summary: dict = {}
-    for name in METRICS:
-        values = [result[name] for result in results]
-        std = statistics.stdev(values) if len(values) > 1 else None
-        summary[name] = {"mean": statistics.fmean(values), "std": std}
-    seconds = [r["s/iteration"] for r in results if r["s/iteration"] is not None]
-    summary["s/iteration"] = statistics.fmean(seconds) if seconds else None
-    return summary
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, None
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return mean, float(student_t.ppf(0.975, len(values) - 1)) * error
 
 
-def table(methods: dict[str, dict], markdown: bool = False) -> str:
-    """A row for each method of the report."""
+def text_of(values: Sequence[float], sign: str = "") -> str:
+    """Mean and confidence interval, as in tables."""
+    mean, half = interval(values)
+    return f"{mean:{sign}.2f}" if half is None else f"{mean:{sign}.2f} ± {half:.2f}"
+
+
+def table(study: Study, methods: dict[str, dict], markdown: bool = False) -> str:
+    """A row for each method; of the first metric also how far CARAFE is ahead, seed by seed."""
     rows = []
+    first = study.metrics[0]
     for name, method in methods.items():
-        summary, cells = method["summary"], [name, METHODS[name]]
-        for metric in METRICS:
-            mean, std = summary[metric]["mean"], summary[metric]["std"]
-            cells.append(f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}")
-        seconds = summary["s/iteration"]
-        cells.append(f"{method['parameters'] / 1e6:.2f} M")
-        rows.append([*cells, "-" if seconds is None else f"{seconds:.2f}"])
-    header = ["pyramid", "mask head", *METRICS, "parameters", "s/iteration"]
-    return format_table(header, rows, markdown, text_columns=2)
+        seeds = method["seeds"]
+        cells = [name, f"{method['rate']:g}"]
+        cells += [
+            text_of([result[metric] for result in seeds.values()]) for metric in study.metrics
+        ]
+        carafe = methods.get("carafe", {"seeds": {}})["seeds"]
+        gains = [carafe[s][first] - seeds[s][first] for s in seeds if s in carafe]
+        cells.append(text_of(gains, "+") if gains and name != "carafe" else "")
+        seconds = [s for r in seeds.values() if (s := r["s/iteration"]) is not None]
+        cells += [f"{method['parameters'] / 1e6:.3f} M", f"{method['flops'] / 1e9:.2f}"]
+        rows.append([*cells, f"{statistics.fmean(seconds):.2f}" if seconds else "-"])
+    header = ["upsampler", "learning rate", *study.metrics, f"CARAFE ahead in {first}"]
+    return format_table([*header, "parameters", "GFLOP", "s/iteration"], rows, markdown)
 
 
-def plot(methods: dict[str, dict], path: Path) -> None:
-    """Draws a panel for each metric: a dot for each seed, mean and standard deviation above it."""
-    height = 1.3 + 0.5 * len(methods)
-    figure, panels = plt.subplots(1, len(METRICS), figsize=(10, height), sharey=True)
-    for panel, metric in zip(panels, METRICS, strict=True):
+def plot(report: dict[str, dict], path: Path) -> None:
+    """Draws a panel for each metric: a dot for each seed, mean and confidence interval above it."""
+    panels = [(STUDIES[name], metric) for name in report for metric in STUDIES[name].metrics]
+    count = max(len(methods) for methods in report.values())
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(2.2 * len(panels) + 1.5, 1.3 + 0.5 * count), squeeze=False
+    )
+    for panel, (study, metric) in zip(axes[0], panels, strict=True):
+        methods = report[study.name]
         for row, (name, method) in enumerate(methods.items()):
             color = "tab:red" if name == "carafe" else "tab:blue"
-            mean, std = method["summary"][metric]["mean"], method["summary"][metric]["std"]
             values = [result[metric] for result in method["seeds"].values()]
-            panel.plot(values, [row + 0.18] * len(values), "o", color=color, alpha=0.4, ms=5)
-            panel.errorbar(mean, row - 0.12, xerr=std, fmt="D", color=color, ms=6, capsize=4)
-            panel.text(mean, row - 0.22, f"{mean:.1f}", ha="center", va="bottom", fontsize=8)
-        panel.set_title(metric)
+            mean, half = interval(values)
+            panel.plot(values, [row + 0.18] * len(values), "o", color=color, alpha=0.4, ms=4)
+            panel.errorbar(mean, row - 0.12, xerr=half, fmt="D", color=color, ms=5, capsize=3)
+        panel.set_title(f"{study.name}\n{metric}", fontsize=9)
+        panel.set_yticks(range(len(methods)), list(methods) if panel is axes[0][0] else [])
+        panel.set_ylim(len(methods) - 0.5, -0.6)  # the first method on top
         panel.margins(x=0.12)
         panel.grid(axis="x", color="0.9")
         panel.set_axisbelow(True)
         panel.spines[["top", "right", "left"]].set_visible(False)
-    panels[0].set_yticks(range(len(methods)), list(methods))
-    panels[0].set_ylim(len(methods) - 0.5, -0.6)  # the first method on top
-    figure.supxlabel("percent; diamond: mean ± standard deviation, dots: seeds", fontsize=9)
+    figure.supxlabel(
+        "percent, PSNR in dB; diamond: mean and 95 % interval, dots: seeds", fontsize=9
+    )
+    save(figure, path)
+
+
+def cost(run: Run) -> dict[str, int]:
+    """Parameters, and FLOPs of one image with as many boxes as fit, of a run's model."""
+    cfg = run.config("MODEL.DEVICE", "cpu", "MODEL.RPN.NMS_THRESH", "1.0",
+        "MODEL.ROI_HEADS.NMS_THRESH_TEST", "1.0", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0",
+    )  # fmt: skip
+    model = build_model(cfg).eval()
+    flops = FlopCountAnalysis(model, blank_image(cfg, *[cfg.INPUT.MIN_SIZE_TEST] * 2))
+    flops.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "flops": int(flops.total()),
+    }
+
+
+# --- borders and kernels ------------------------------------------------------------------------
+
+WINDOW = 64  # side of what is cut out of an image, in pixels
+MAGNIFICATION = 4
+CONFIDENT = 0.5  # detections below this score are not drawn
+
+
+def found_labels(run: Run, record: dict) -> np.ndarray:
+    """What a run has found in an image, as `labels_of` gives the truth."""
+    key = "image_id" if run.study.name == "instances" else "file_name"
+    found = [each for each in run.found() if each[key] == record[key]]
+    labels = np.zeros_like(labels_of(record))
+    for number, each in enumerate(sorted(found, key=lambda each: each.get("score", 1)), start=1):
+        if each.get("score", 1) >= CONFIDENT:
+            labels[mask_util.decode(each["segmentation"]) > 0] = number
+    return labels
+
+
+def busiest_window(records: Sequence[dict]) -> tuple[dict, tuple[slice, slice]]:
+    """The image, and the window in it, with the most borders of the truth."""
+    most, best = -1.0, (records[0], (slice(0), slice(0)))
+    for record in records:
+        borders = (border_distance(labels_of(record)) == 0).astype(np.float32)
+        sums = cv2.boxFilter(borders, -1, (WINDOW, WINDOW), normalize=False, anchor=(0, 0))
+        inside = sums[: max(1, len(sums) - WINDOW + 1), : max(1, len(sums[0]) - WINDOW + 1)]
+        _, highest, _, (x, y) = cv2.minMaxLoc(inside)
+        if highest > most:
+            most, best = highest, (record, (slice(y, y + WINDOW), slice(x, x + WINDOW)))
+    return best
+
+
+def outlined(record: dict, labels: np.ndarray, window: tuple[slice, slice]) -> np.ndarray:
+    """A magnified window of an image with the borders between labels, RGB (height, width, 3)."""
+    image = read_image(record["file_name"])[window]
+    size = (WINDOW * MAGNIFICATION,) * 2
+    picture = cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
+    labels = cv2.resize(labels[window], size, interpolation=cv2.INTER_NEAREST)
+    picture[border_distance(labels) == 0] = (255, 160, 0)
+    return picture
+
+
+def draw_borders(runs: list[list[Run]], path: Path) -> None:
+    """Draws what each upsampler has found beside the truth: two windows of each study.
+
+    Args:
+        runs: for each study one run of each method.
+        path: of the picture.
+    """
+    rows, names = [], []
+    for methods in runs:
+        records = DatasetCatalog.get(methods[0].config().DATASETS.TEST[0])
+        half = len(records) // 2
+        for part in (records[:half], records[half:]):
+            record, window = busiest_window(part)
+            labels = [labels_of(record), *(found_labels(run, record) for run in methods)]
+            rows.append([outlined(record, each, window) for each in labels])
+            names.append(methods[0].study.name)
+    figure, axes = plt.subplots(
+        len(rows), len(rows[0]), figsize=(1.5 * len(rows[0]), 1.5 * len(rows) + 0.3), squeeze=False
+    )
+    for panel, picture in zip(axes.flat, itertools.chain(*rows), strict=True):
+        panel.imshow(picture)
+        panel.set(xticks=[], yticks=[])
+    for panel, name in zip(axes[:, 0], names, strict=True):
+        panel.set_ylabel(name, fontsize=9)
+    for panel, title in zip(axes[0], ["truth", *(run.method for run in runs[0])], strict=True):
+        panel.set_title(title, fontsize=9)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def describe(args: argparse.Namespace, cfg: CfgNode) -> str:
-    """One line that says what was compared, and on what."""
-    return (
-        f"{args.seeds} seeds, {args.iterations} iterations of {cfg.SOLVER.IMS_PER_BATCH} images, "
-        f"evaluated on {cfg.DATASETS.TEST[0]}, {args.jobs} at a time; "
-        f"{machine_sentence(describe_machine(cfg.MODEL.DEVICE))}."
-    )
 
 
 # --- command line -------------------------------------------------------------------------------
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--config-file", type=Path, metavar="FILE",
-        help="a Mask R-CNN with CARAFE; default: that of the quick start, with "
-             + " ".join(SHORT_TRAINING))  # fmt: skip
-    add("--methods", default=",".join(METHODS), metavar="NAME,...",
-        help="upsamplers of the pyramid; default: %(default)s")  # fmt: skip
-    add("--seeds", type=int, default=3, help="seeds of each; default: %(default)s")
-    add("--iterations", type=int, default=550, help="of each run; default: %(default)s")
+    add("--studies", default=",".join(STUDIES), metavar="NAME,...", help="default: %(default)s")
+    add("--methods", default=",".join(METHODS), metavar="NAME,...", help="default: %(default)s")
+    add("--seeds", type=int, default=5, help="seeds of each; default: %(default)s")
+    add("--iterations", type=int, help="of each run; default: what the study's config says")
     add("--jobs", type=int,
         help="runs side by side; default: one for each CPU core, or one where there is a GPU",
     )  # fmt: skip
+    add("--data", type=Path, metavar="FOLDER",
+        help="what dev/real_images.py wrote; default: real/ in $DETECTRON2_DATASETS or datasets",
+    )  # fmt: skip
     add("--output", type=Path, default=ROOT / "output" / "compare")
     add("--markdown", type=Path, metavar="FILE",
-        help="also write table and plot into this page, e.g. docs/compare.md")  # fmt: skip
-    add("opts", nargs=argparse.REMAINDER, help="config keys and values")
+        help="also write tables and plot into this page, e.g. docs/compare.md")  # fmt: skip
     return parser.parse_args(argv)
 
 
-def check_args(args: argparse.Namespace) -> CfgNode:
-    """Checks the arguments and puts defaults and lists in place; returns the config.
+def check_args(args: argparse.Namespace) -> str:
+    """Checks the arguments and puts defaults and lists in place; returns the device.
 
     Raises:
-        UserError: an argument, the config, the dataset or the page does not do.
+        UserError: an argument, the data or the page does not do.
     """
-    args.methods = list(dict.fromkeys(args.methods.split(",")))
-    for method in args.methods:
-        if method not in METHODS:
-            raise UserError(f"--methods must be of {', '.join(METHODS)}, got {method!r}")
+    for name, known in (("studies", tuple(STUDIES)), ("methods", METHODS)):
+        values = list(dict.fromkeys(getattr(args, name).split(",")))
+        setattr(args, name, values)
+        for value in values:
+            if value not in known:
+                raise UserError(f"--{name} must be of {', '.join(known)}, got {value!r}")
     for name in ("seeds", "iterations", "jobs"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
-    for key in args.opts[::2]:
-        if key in RESERVED:
-            raise UserError(f"{key} is set by {RESERVED[key]}")
-    if args.config_file is None:
-        args.config_file, args.opts = QUICK_START, [*SHORT_TRAINING, *args.opts]
+    args.data = (args.data or datasets_root() / "real").absolute()
+    if not (args.data / "mobilenet_v2.pth").is_file():
+        raise UserError(f"{args.data} holds no data; get them by `python dev/real_images.py`")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {args.output}: {error.strerror}") from error
-
-    cfg = load_config(str(args.config_file), args.opts)
-    if not cfg.MODEL.MASK_ON or len(cfg.DATASETS.TEST) != 1:
-        raise UserError(f"{args.config_file} needs MODEL.MASK_ON and one dataset in DATASETS.TEST")
-    check_datasets(cfg.DATASETS.TRAIN + cfg.DATASETS.TEST)
+    cfg = load_config(str(STUDIES[args.studies[0]].config_file))
     if args.jobs is None:
-        num_runs = args.seeds * len(args.methods)
-        args.jobs = min(cores(), num_runs) if cfg.MODEL.DEVICE == "cpu" else 1
-    return cfg
+        args.jobs = len(os.sched_getaffinity(0)) if cfg.MODEL.DEVICE == "cpu" else 1
+    return cfg.MODEL.DEVICE
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
+def compare(
+    args: argparse.Namespace, study: Study, threads: int | None
+) -> tuple[dict[str, list[Run]], list[str]]:
+    """Chooses the learning rate of each method, and does the runs that are tested.
+
+    Returns:
+        For each method its runs, those of the choice first; and a line for each run that failed.
+    """
+    runs = {
+        method: [make_run(args, study, method, rate, TUNING_SEED) for rate in study.rates]
+        for method in args.methods
+    }
+    failures = run_all([*itertools.chain(*runs.values())], args.jobs, threads)
+    chosen = []
+    for method, tuning in runs.items():
+        results = {run.rate: result for run in tuning if (result := run.result())}
+        if results:
+            # AP is nan where nothing was detected.
+            rate = max(results, key=lambda rate: np.nan_to_num(results[rate][study.metrics[0]]))
+            seeds = range(1, args.seeds + 1)
+            chosen.append([make_run(args, study, method, rate, seed) for seed in seeds])
+            tuning += chosen[-1]
+    # Seed by seed, so that a comparison that is stopped has something of every method.
+    by_seed = [*itertools.chain(*zip(*chosen, strict=True))]
+    return runs, failures + run_all(by_seed, args.jobs, threads)
 
 
-def count_parameters(cfg: CfgNode, method: str) -> int:
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.FPN.UPSAMPLE = method
-    cfg.MODEL.ROI_MASK_HEAD.UPSAMPLE = METHODS[method]
-    return sum(parameter.numel() for parameter in build_model(cfg).parameters())
-
-
-def make_report(args: argparse.Namespace, cfg: CfgNode, runs: list[Run]) -> dict:
-    """Collects the results of all finished runs by method; leaves out methods that have none."""
+def summary(runs: dict[str, list[Run]]) -> dict[str, dict]:
+    """For each method with a result `rate`, `parameters`, `flops`; its results by seed, `seeds`,
+    and by learning rate `tuning`.
+    """
     methods = {}
-    for method in args.methods:
-        seeds = {r.seed: result for r in runs if r.method == method and (result := r.result())}
-        if seeds:
+    for method, each in runs.items():
+        results = [(run, result) for run in each if (result := run.result())]
+        tested = [(run, result) for run, result in results if run.seed != TUNING_SEED]
+        if tested:
             methods[method] = {
-                "parameters": count_parameters(cfg, method),
-                "summary": summarize(list(seeds.values())),
-                "seeds": seeds,
+                "rate": tested[0][0].rate,
+                **cost(tested[0][0]),
+                "tuning": {run.rate: result for run, result in results if not run.seed},
+                "seeds": {run.seed: result for run, result in tested},
             }
-    return {"settings": describe(args, cfg), "methods": methods}
+    return methods
+
+
+def illustrate(runs: Iterable[dict[str, list[Run]]], folder: Path) -> list[str]:
+    """Draws borders and kernels of the first seed; returns what a page shows of them.
+
+    Args:
+        runs: of each study, for each method.
+        folder: of the pictures.
+    """
+    firsts = [
+        [run for each in methods.values() for run in each if run.seed == 1] for methods in runs
+    ]
+    firsts = [first for first in firsts if first[0].study.name != "inpainting"]
+    if not firsts:
+        return []
+    draw_borders(firsts, folder / "compare_borders.png")
+    parts = ["**Borders**", "![What each upsampler finds](images/compare_borders.png)"]
+    statistics = {
+        f"{run.study.name}, {name}": regions
+        for run in itertools.chain(*firsts)
+        if run.method == "carafe"
+        for name, regions in kernel_statistics.kernel_statistics(
+            run.config("MODEL.WEIGHTS", str(run.weights))
+        ).items()
+    }
+    if statistics:
+        kernel_statistics.plot(statistics).savefig(folder / "compare_kernels.png", dpi=100)
+        parts += ["**Kernels**", kernel_statistics.table(statistics, markdown=True)]
+        parts.append("![Statistics of CARAFE's kernels](images/compare_kernels.png)")
+    return parts
 
 
 @exit_on_user_error()
@@ -444,31 +671,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     block = MarkdownBlock(args.markdown, BLOCK) if args.markdown else None
-    cfg = check_args(args)
+    device = check_args(args)
     # Trainings must not outlive this program, whichever way it is stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    runs = make_runs(args, cfg)
-    missing = [run for run in runs if not run.result()]
-    print(f"{len(runs)} runs, {len(runs) - len(missing)} of them finished already", flush=True)
-    threads = max(1, cores() // args.jobs) if cfg.MODEL.DEVICE == "cpu" else None
-    annotation_file = MetadataCatalog.get(cfg.DATASETS.TEST[0]).json_file
-    failures = run_all(missing, args.jobs, threads, annotation_file)
-
-    command = shlex.join(["python", "dev/compare.py", *argv])
-    report = {"command": command, **make_report(args, cfg, runs)}
-    if report["methods"]:
-        write_file(args.output / "results.json", json.dumps(report, indent=2) + "\n")
-        plot(report["methods"], args.output / "compare.png")
-        print("", table(report["methods"]), "", report["settings"], sep="\n")
+    threads = max(1, len(os.sched_getaffinity(0)) // args.jobs) if device == "cpu" else None
+    runs: dict[str, dict[str, list[Run]]] = {}
+    report: dict[str, dict] = {}
+    failures: list[str] = []
+    for name in args.studies:
+        print(f"== {name}", flush=True)
+        runs[name], failed = compare(args, STUDIES[name], threads)
+        failures += failed
+        if methods := summary(runs[name]):
+            report[name] = methods
+            print(table(STUDIES[name], methods), flush=True)
+    if report:
+        command = shlex.join(["python", "dev/compare.py", *argv])
+        machine = machine_sentence(describe_machine(device))
+        content = {"command": command, "machine": machine, "studies": report}
+        write_file(args.output / "results.json", json.dumps(content, indent=2) + "\n")
+        plot(report, args.output / "compare.png")
         print(f"Each seed: {args.output}/results.json; plot: {args.output}/compare.png")
     if failures:
         print("", *failures, sep="\n")
-        raise UserError(f"{len(failures)} of {len(runs)} runs failed, for the reasons above")
+        raise UserError(f"{len(failures)} runs failed, for the reasons above")
+    illustrations = illustrate(runs.values(), args.output)
     if block:
-        plot(report["methods"], args.markdown.parent / "images" / "compare.png")
-        picture = "![Box, mask and boundary AP of each upsampler](images/compare.png)"
-        origin = f"Measured with `{command}`: {report['settings']}"
-        block.write("\n\n".join([table(report["methods"], markdown=True), picture, origin]))
+        for picture in args.output.glob("compare*.png"):
+            write_file(args.markdown.parent / "images" / picture.name, picture.read_bytes())
+        parts = ["![The metrics of each upsampler](images/compare.png)"]
+        for name, methods in report.items():
+            parts += [f"**{name.capitalize()}**", table(STUDIES[name], methods, markdown=True)]
+        block.write("\n\n".join([*parts, *illustrations, f"Measured by `{command}`; {machine}."]))
         print(f"Written to {args.markdown}")
 
 

@@ -27,11 +27,11 @@ from detectron2.utils.analysis import FlopCountAnalysis, parameter_count_table
 from fvcore.nn import ActivationCountAnalysis, flop_count_table
 from torch import nn
 
-from carafe_d2.config import find_config_file, is_inpainting, load_config
+from carafe_d2.config import find_config_file, load_config
 from carafe_d2.data.build import build_test_loader, check_datasets
 from carafe_d2.diagnosis import named_mistakes
 from carafe_d2.errors import UserError, exit_on_user_error
-from carafe_d2.inference import Predictor, split_opts
+from carafe_d2.inference import Predictor, blank_image, split_opts
 from carafe_d2.ops import flop_count_ops
 
 TASKS = ("flop", "activation", "parameter", "structure")
@@ -49,15 +49,6 @@ def names_weights(opts: Sequence[str]) -> bool:
 def model_of(cfg: CfgNode, opts: Sequence[str]) -> nn.Module:
     """The model, with the weights that the command line names or random ones."""
     return Predictor(cfg).model if names_weights(opts) else build_model(cfg).eval()
-
-
-def blank_image(cfg: CfgNode, height: int, width: int) -> list[dict]:
-    """An empty image as a model's input; one for inpainting has a size of its own, and a hole."""
-    if is_inpainting(cfg):
-        height = width = cfg.MODEL.INPAINT.CROP_SIZE
-    image = torch.zeros(len(cfg.MODEL.PIXEL_MEAN), height, width, dtype=torch.uint8)
-    mask = {"mask": torch.ones(height, width, dtype=torch.bool)} if is_inpainting(cfg) else {}
-    return [{"image": image, "height": height, "width": width, **mask}]
 
 
 def dataset_images(cfg: CfgNode, count: int) -> Iterator[list[dict]]:

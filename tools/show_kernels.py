@@ -13,7 +13,6 @@ Example:
 """
 
 import argparse
-import contextlib
 import dataclasses
 import io
 import itertools
@@ -32,13 +31,19 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from torch import Tensor, nn
+from torch import Tensor
 
 from carafe_d2 import CarafeFPN, CARAFEPack, carafe
 from carafe_d2.config import load_config
 from carafe_d2.errors import UserError, exit_on_user_error
 from carafe_d2.files import write_file
-from carafe_d2.inference import Predictor, named_mistakes, read_image, split_opts
+from carafe_d2.inference import (
+    Predictor,
+    named_mistakes,
+    read_image,
+    recorded_kernels,
+    split_opts,
+)
 
 DEFAULT_POINTS = 2  # in the objects that are detected with the highest scores
 MOST_NUMBERS = 7  # side of the largest kernel whose weights are written out
@@ -103,21 +108,16 @@ def predict_kernels(
             "build_resnet_carafe_fpn_backbone and MODEL.FPN.UPSAMPLE carafe"
         )
 
-    logits: dict[nn.Module, Tensor] = {}
-
-    def keep(encoder, inputs, output):
-        logits[encoder] = output
-
-    with contextlib.ExitStack() as hooks:
-        for pack in packs:
-            hooks.enter_context(pack.content_encoder.register_forward_hook(keep))
+    with recorded_kernels(packs) as recorded:
         (prediction,) = predictor([image])
 
-    steps = []
-    for pack, ((fine, _), (coarse, shape)) in zip(packs, itertools.pairwise(levels), strict=True):
-        (masks,) = pack.masks(logits[pack.content_encoder].float().cpu())
-        masks = masks.unflatten(0, (pack.up_group, pack.up_kernel**2))
-        steps.append(Upsampling(fine, coarse, pack.scale_factor, shape.stride, masks))
+    kernels = {pack: masks for pack, (masks,) in recorded}
+    steps = [
+        Upsampling(fine, coarse, pack.scale_factor, shape.stride, kernels[pack])
+        for pack, ((fine, _), (coarse, shape)) in zip(
+            packs, itertools.pairwise(levels), strict=True
+        )
+    ]
     return prediction, steps
 
 

@@ -1,28 +1,28 @@
-"""dev/compare.py: boundary AP, the report, and a comparison on a small shapes dataset."""
+"""dev/compare.py: boundary AP and IoU, the report, and a comparison on small drawn nuclei."""
 
 import json
 import math
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.models import mobilenet_v2
 
+from carafe_d2.files import write_file
 from carafe_d2.upsample import UPSAMPLERS
-from dev import compare
+from dev import compare, real_images
 
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "dev" / "compare.py"
 
 
-def test_upsamplers_are_compared():
-    assert set(compare.METHODS) <= set(UPSAMPLERS)
+def test_all_upsamplers_are_compared():
+    assert set(compare.METHODS) == set(UPSAMPLERS)
 
 
 # --- boundary AP --------------------------------------------------------------------------------
@@ -124,17 +124,46 @@ def test_no_detections_have_no_boundary_ap(tmp_path):
     assert math.isnan(compare.boundary_ap(tmp_path / "never_read.json", []))
 
 
+def test_boundary_iou_is_summed_over_images(tmp_path):
+    truths = [square(10, 20), square(50, 60, side=30)]
+    found = [square(10, 20), square(52, 60, side=30)]
+    records, predictions = [], []
+    for i, (labels, mask) in enumerate(zip(truths, found, strict=True)):
+        records.append({"file_name": f"{i}.png", "sem_seg_file_name": str(tmp_path / f"{i}.png")})
+        cv2.imwrite(records[-1]["sem_seg_file_name"], labels)
+        for category, region in enumerate((1 - mask, mask)):
+            rle = annotation(i, region)["segmentation"]
+            predictions.append(
+                {"file_name": f"{i}.png", "category_id": category, "segmentation": rle}
+            )
+    # A frame four pixels wide has 16 * (side - 4) of them; the two of the second image, two pixels
+    # apart, share two of the four columns to the left and right, and above and below 28 of 30.
+    first, second = 16 * 36, 16 * 26
+    both = 2 * 4 * 28 + 2 * 2 * 22
+    iou = (first + both) / (first + 2 * second - both)
+    assert compare.boundary_iou(predictions, records, 1) == pytest.approx(100 * iou)
+    # In an image where nobody has found the class, no border is found.
+    alone = [p for p in predictions if p["file_name"] == "0.png"]
+    expected = 100 * first / (first + second)
+    assert compare.boundary_iou(alone, records, 1) == pytest.approx(expected)
+    assert math.isnan(compare.boundary_iou([], records, 2))
+
+
 # --- the report ---------------------------------------------------------------------------------
 
+INSTANCES = compare.STUDIES["instances"]
 
-def result(box, mask, boundary, seconds=0.5):
-    return dict(zip((*compare.METRICS, "s/iteration"), (box, mask, boundary, seconds), strict=True))
+
+def result(*values, seconds=0.5):
+    return {**dict(zip(INSTANCES.metrics, values, strict=True)), "s/iteration": seconds}
 
 
 def method(*results, parameters=1_234_567):
     return {
+        "rate": 0.001,
         "parameters": parameters,
-        "summary": compare.summarize(results),
+        "flops": 2_500_000_000,
+        "tuning": {},
         "seeds": dict(enumerate(results, start=1)),
     }
 
@@ -144,28 +173,37 @@ def cells(table):
     return [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
 
 
-def test_summary_is_mean_and_sample_standard_deviation():
-    summary = compare.summarize([result(10, 1, 2, 0.5), result(12, 1, 2, 0.7), result(14, 1, 2)])
-    assert summary["box AP"] == {"mean": 12, "std": 2}
-    assert summary["mask AP"] == {"mean": 1, "std": 0}
-    assert summary["s/iteration"] == pytest.approx(1.7 / 3)
+def test_interval_is_that_of_students_t():
+    mean, half = compare.interval([10, 12, 14])
+    assert mean == 12
+    assert half == pytest.approx(4.303 * 2 / math.sqrt(3), rel=1e-3)
+    assert compare.interval([10]) == (10, None)
 
 
-def test_table_has_a_row_for_each_method():
-    rows = cells(
-        compare.table(
-            {
-                "pixel_shuffle": method(result(10, 20, 30), result(12, 24, 30)),
-                "carafe": method(result(50, 40, 30, seconds=None), parameters=2_000_000),
-            },
-            markdown=True,
-        )
+def test_table_has_a_row_for_each_method_and_what_carafe_gains_seed_by_seed():
+    table = compare.table(
+        INSTANCES,
+        {
+            "deconv": method(result(10, 20, 30), result(12, 24, 30)),
+            "carafe": method(
+                result(11, 40, 30, seconds=None), result(14, 40, 30), parameters=2_000_000
+            ),
+        },
+        markdown=True,
     )
-    assert rows[0] == ["pyramid", "mask head", *compare.METRICS, "parameters", "s/iteration"]
-    assert rows[2:] == [
-        ["pixel_shuffle", "deconv", "11.0 ± 1.4", "22.0 ± 2.8", "30.0 ± 0.0", "1.23 M", "0.50"],
-        ["carafe", "carafe", "50.0", "40.0", "30.0", "2.00 M", "-"],
+    header, _, *rows = cells(table)
+    assert header[:6] == [
+        "upsampler",
+        "learning rate",
+        *INSTANCES.metrics,
+        "CARAFE ahead in mask AP",
     ]
+    assert rows[0] == [
+        *("deconv", "0.001", "11.00 ± 12.71", "22.00 ± 25.41", "30.00 ± 0.00", "+1.50 ± 6.35"),
+        *("1.235 M", "2.50", "0.50"),
+    ]
+    assert rows[1][:3] == ["carafe", "0.001", "12.50 ± 19.06"]
+    assert rows[1][5:] == ["", "2.000 M", "2.50", "0.50"]
 
 
 def test_plot_is_a_picture_also_of_single_seeds_and_missing_values(tmp_path):
@@ -173,104 +211,206 @@ def test_plot_is_a_picture_also_of_single_seeds_and_missing_values(tmp_path):
         "nearest": method(result(10, 20, 30), result(12, 24, 30)),
         "carafe": method(result(50, 40, math.nan)),
     }
-    compare.plot(methods, tmp_path / "compare.png")
+    compare.plot({"instances": methods}, tmp_path / "compare.png")
     assert cv2.imread(str(tmp_path / "compare.png")).std() > 10
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two drawn frames in the place of those that dev/real_images.py fetches; random weights."""
+    folder = tmp_path_factory.mktemp("real")
+    rng = np.random.default_rng(0)
+    labels = np.zeros((2, 160, 1100), np.uint16)
+    for frame in labels:
+        for i, center in enumerate(rng.uniform((0, 0), (1100, 160), (40, 2)), start=1):
+            cv2.circle(frame, center.astype(int).tolist(), 18, (i,), -1)
+    frames = (60 + 120 * (labels > 0) + rng.integers(0, 20, labels.shape)).astype(np.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(real_images, "ROWS", (30, 158))
+        for name in real_images.SETS:
+            real_images.write_set(name, frames, labels, folder)
+    torch.save(mobilenet_v2().features.state_dict(), folder / "weights.pt")
+    real_images.convert_weights(folder / "weights.pt", folder / "mobilenet_v2.pth")
+    return folder
+
+
+@pytest.fixture
+def run_of(data, tmp_path):
+    """Makes the run of a study and method with seed 1."""
+    args = compare.parse_args(
+        ["--data", str(data), "--output", str(tmp_path / "out"), "--iterations", "1"]
+    )
+    compare.check_args(args)
+    return lambda study, method: compare.make_run(args, compare.STUDIES[study], method, 0.002, 1)
+
+
+@pytest.mark.slow
+def test_training_is_measured_and_drawn(run_of, tmp_path):
+    run = run_of("semantic", "carafe")
+    assert compare.run_all([run], 1, 1) == []
+    # Nothing of the backbone is among what the checkpoint lacks, or has too much of.
+    assert "backbone.bottom_up" not in run.log.read_text()
+    result = run.result()
+    assert set(result) == {"mIoU", "boundary IoU", "s/iteration"}
+    assert 0 <= result["boundary IoU"] <= 100 and 0 < result["mIoU"] <= 100
+    parts = compare.illustrate([{"carafe": [run]}], tmp_path / "pictures")
+    assert [row[:2] for row in cells(parts[3])[2:4]] == [
+        ["semantic, backbone.fpn_upsample2", "border"],
+        ["semantic, backbone.fpn_upsample2", "inside"],
+    ]
+    for name in ("borders", "kernels"):
+        assert cv2.imread(str(tmp_path / "pictures" / f"compare_{name}.png")).std() > 10
+    bilinear = compare.cost(run_of("semantic", "bilinear"))
+    carafe = compare.cost(run)
+    assert all(bilinear[name] < carafe[name] for name in ("parameters", "flops"))
+
+
+def write_detections(run, change):
+    """Puts what a training would leave into a run's folder: the truth, changed."""
+    truth = json.loads(Path(MetadataCatalog.get("real_instances_test").json_file).read_text())
+    detections = [{**a, "score": 0.9, **change} for a in truth["annotations"]]
+    (run.folder / "inference").mkdir(parents=True)
+    path = run.folder / "inference" / "coco_instances_results.json"
+    path.write_text(json.dumps(detections))
+    lines = [{"time": 0.2}, {"time": 0.4}, {"time": 9}, {"bbox/AP": 12, "segm/AP": 34}]
+    (run.folder / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+
+
+def test_instances_are_measured_and_drawn_above_half_the_score(run_of):
+    run = run_of("instances", "nearest")
+    run.config()  # registers the datasets
+    records = DatasetCatalog.get("real_instances_test")
+    record = max(records, key=lambda record: len(record["annotations"]))
+    write_detections(run, {})
+    assert compare.finish(run, 0) == run.result()
+    expected = {"mask AP": 34, "box AP": 12, "boundary AP": pytest.approx(100), "s/iteration": 0.4}
+    assert run.result() == expected
+    np.testing.assert_array_equal(
+        compare.found_labels(run, record) > 0, compare.labels_of(record) > 0
+    )
+    doubtful = run_of("instances", "deconv")
+    write_detections(doubtful, {"score": 0.4})
+    assert not compare.found_labels(doubtful, record).any()
+
+
+def test_busiest_window_has_the_most_borders(tmp_path):
+    records = []
+    for i, squares in enumerate([[(4, 4)], [(70, 70), (80, 80), (20, 100)], []]):
+        labels = np.zeros((SIZE, SIZE), np.uint8)
+        for x, y in squares:
+            labels[y : y + 20, x : x + 20] += 1
+        path = str(tmp_path / f"{i}.png")
+        cv2.imwrite(path, labels)
+        records.append({"file_name": path, "sem_seg_file_name": path})
+    record, (rows, columns) = compare.busiest_window(records)
+    assert record is records[1]
+    assert rows.start <= 70 and 100 <= rows.stop == rows.start + compare.WINDOW
+    assert columns.start <= 70 and 100 <= columns.stop == columns.start + compare.WINDOW
+    picture = compare.outlined(record, compare.labels_of(record), (rows, columns))
+    side = compare.WINDOW * compare.MAGNIFICATION
+    assert picture.shape == (side, side, 3)
+    x, y = ((70 - window.start) * compare.MAGNIFICATION for window in (columns, rows))
+    assert picture[y + 20, x].tolist() == [255, 160, 0]  # on the left border of the first square
+    assert picture[y + 20, x + 20].tolist() != [255, 160, 0]
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [("sys.exit('error: MODEL.X = 5')", "MODEL.X = 5"), ("os.abort()", "ended by signal 6")],
+)
+def test_failing_run_is_named(run_of, capsys, monkeypatch, code, reason):
+    run = run_of("semantic", "carafe")
+    monkeypatch.setattr(compare, "ROOT", run.folder)
+    run.folder.mkdir(parents=True)
+    (run.folder / "train_net.py").write_text(f"import os, sys\n{code}\n")
+    (failure,) = compare.run_all([run], 1, None)
+    name = "semantic, carafe, learning rate 0.002, seed 1"
+    assert failure == f"{name}: failed: {reason} (log: {run.log})"
+    assert failure in capsys.readouterr().out
+    assert run.result() is None
 
 
 # --- the program --------------------------------------------------------------------------------
 
-SMALL = [
-    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "MODEL.DEVICE", "cpu"),
-    *("SOLVER.IMS_PER_BATCH", "2", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
-]
-
-
-@pytest.fixture(scope="module")
-def datasets(register_shapes):
-    register_shapes(train=4, val=2)
-
 
 @pytest.fixture
-def main(datasets, tmp_path, monkeypatch):
-    """The program, in this process, which stays as it is; its folder is tmp_path / "out"."""
+def main(data, tmp_path, monkeypatch):
+    """The program with trainings that do nothing; what comes out depends on rate and seed."""
+
+    def finish(run, returncode):
+        better = run.rate == run.study.rates[run.method == "carafe"]
+        result = dict.fromkeys(run.study.metrics, 50 + 10 * better + run.seed)
+        write_file(run.folder / "result.json", json.dumps({**result, "s/iteration": 0.5}))
+        trained.append(str(run))
+        return result
+
+    trained = []
+    monkeypatch.setattr(compare, "finish", finish)
     monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
-    return lambda *arguments: compare.main(["--output", str(tmp_path / "out"), *arguments])
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    (tmp_path / "train_net.py").touch()
+    monkeypatch.setattr(compare, "cost", lambda run: {"parameters": 10**6, "flops": 10**9})
+    monkeypatch.setattr(compare, "illustrate", lambda *_: ["a table of kernels"])
+    arguments = ["--studies", "semantic", "--methods", "bilinear,carafe", "--data", str(data)]
+
+    def main(*more):
+        trained.clear()
+        compare.main([*arguments, "--output", str(tmp_path / "out"), *more])
+        return list(trained)
+
+    return main
 
 
-@pytest.mark.slow
 def test_comparison_from_start_to_page_and_its_continuation(main, tmp_path, capsys):
     page = tmp_path / "page.md"
     begin = f"<!-- begin: {compare.BLOCK} -->"
     assert begin in (ROOT / "docs" / "compare.md").read_text()
     page.write_text(f"# Before\n{begin}\nold\n<!-- end -->\n# After\n")
-    arguments = ["--methods", "nearest,carafe", "--seeds", "1", "--iterations", "5"]
-    command = [sys.executable, TOOL, *arguments, "--output", tmp_path / "out", "--markdown", page]
-    process = subprocess.run([*command, *SMALL], capture_output=True, text=True)
-    output = process.stdout
-    assert process.returncode == 0, process.stderr
-    assert "2 runs, 0 of them finished already" in output
-
-    report = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert list(report["methods"]) == ["nearest", "carafe"]
-    parameters = [m["parameters"] for m in report["methods"].values()]
-    assert parameters[0] < parameters[1]
-    for name, entry in report["methods"].items():
-        measured = entry["seeds"]["1"]
-        assert all(0 <= measured[metric] <= 100 for metric in compare.METRICS)
-        assert measured["boundary AP"] <= measured["mask AP"]
-        assert measured["s/iteration"] > 0
-        command = (tmp_path / "out" / f"{name}_seed1" / "command.txt").read_text()
-        for words in (f"FPN.UPSAMPLE {name}", f"HEAD.UPSAMPLE {name}", "SEED 1", "MAX_ITER 5"):
+    trained = main("--seeds", "2", "--markdown", str(page))
+    output = capsys.readouterr().out
+    # The learning rate of each is the best one of the tuning; then come the seeds, one by one.
+    study = compare.STUDIES["semantic"]
+    assert len(trained) == 2 * len(study.rates) + 4
+    chosen = [f"learning rate {rate:g}" for rate in study.rates[:2]]
+    assert trained[-4:] == [
+        f"semantic, {method}, {rate}, seed {seed}"
+        for seed in (1, 2)
+        for method, rate in zip(("bilinear", "carafe"), chosen, strict=True)
+    ]
+    report = json.loads((tmp_path / "out" / "results.json").read_text())["studies"]["semantic"]
+    assert [entry["rate"] for entry in report.values()] == [*study.rates[:2]]
+    assert [result["mIoU"] for result in report["carafe"]["seeds"].values()] == [61, 62]
+    for seed, test in ((0, "tune"), (1, "test")):
+        folder = f"carafe_rate{study.rates[1]:g}_seed{seed}"
+        command = (tmp_path / "out" / "semantic" / folder / "command.txt").read_text()
+        for words in ("SEM_SEG_HEAD.UPSAMPLE carafe", f"real_semantic_{test}", f"SEED {seed}"):
             assert words in command
-
-    assert compare.table(report["methods"]) in output
+    assert compare.table(study, report) in output
     text = page.read_text()
     assert text.startswith("# Before\n") and text.endswith("# After\n") and "old" not in text
-    assert compare.table(report["methods"], markdown=True) in text
+    assert compare.table(study, report, markdown=True) in text and "a table of kernels" in text
     assert (tmp_path / "images" / "compare.png").is_file()
 
-    # Finished runs are kept as they are; with other settings their folders are refused.
-    weights = tmp_path / "out" / "carafe_seed1" / "model_final.pth"
-    written = weights.stat().st_mtime_ns
-    main(*arguments, *SMALL)
-    assert "2 runs, 2 of them finished already" in capsys.readouterr().out
-    assert weights.stat().st_mtime_ns == written
-    again = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert again["methods"] == report["methods"]
-    arguments[-1] = "6"
-    with pytest.raises(SystemExit, match=r"^error: .*nearest_seed1 holds a run with other"):
-        main(*arguments, *SMALL)
-
-
-@pytest.mark.slow
-def test_failing_run_is_named_and_the_others_go_on(main, tmp_path, capsys):
-    arguments = ["--methods", "carafe,nearest", "--seeds", "1", "--iterations", "2"]
-    # Only CARAFE looks at this key.
-    with pytest.raises(SystemExit, match=r"^error: 1 of 2 runs failed, for the reasons above$"):
-        main(*arguments, *SMALL, "MODEL.CARAFE.UP_GROUP", "5")
-    output = capsys.readouterr().out
-    log = tmp_path / "out" / "carafe_seed1" / "train.log"
-    reason = r"MODEL\.CARAFE\.UP_GROUP = 5 must divide the 64"
-    assert re.search(rf"^carafe, seed 1: failed: {reason}.*\(log: {log}\)", output, re.M), output
-    assert log.is_file()
-    report = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert list(report["methods"]) == ["nearest"]
+    # Finished runs are kept; with other settings their folders are refused.
+    assert main("--seeds", "2") == []
+    assert len(main("--seeds", "3")) == 2
+    with pytest.raises(SystemExit, match=r"^error: .*_seed0 holds a run with other"):
+        main("--iterations", "3")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--studies", "panoptic"], r"--studies must be of instances, .*, got 'panoptic'"),
         (["--methods", "nearest,bicubic"], r"--methods must be of nearest, .*, got 'bicubic'"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--iterations", "-3"], "--iterations must be at least 1, got -3"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["--markdown", "absent.md"], r"cannot read absent\.md"),
-        (["--config-file", "absent.yaml"], r"config file 'absent\.yaml' does not exist"),
-        (["--config-file", "configs/faster_rcnn_R50_FPN_carafe_1x.yaml"], r"needs MODEL\.MASK_ON"),
-        (["--output", "README.md"], r"--output README\.md: File exists"),
-        (["SEED", "1"], "SEED is set by --seeds"),
-        (["MODEL.NONSENSE", "1"], r"Non-existent (config )?key: MODEL\.NONSENSE"),
-        (["DATASETS.TRAIN", "('nonsense',)"], "dataset 'nonsense' .* is not registered"),
+        (["--data", "absent"], r"absent holds no data; get them by `python dev/real_images\.py`"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
