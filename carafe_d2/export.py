@@ -173,8 +173,21 @@ def _padded(images: list[Tensor], size_divisibility: int = 0, pad_value: float =
 
 def _batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """:func:`torchvision.ops.batched_nms` by coordinates, for any number of boxes."""
-    beyond = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max() + 1
-    return nms(boxes + (idxs.to(boxes) * beyond)[:, None], scores, iou_threshold)
+    corners = torch.cat([boxes.flatten(), boxes.new_zeros(1)])
+    least = corners.min()
+    shifted = boxes + (idxs.to(boxes) * (corners.max() - least + 1))[:, None]
+    # torchvision promises torch.export that two boxes are kept, so there are two that always are.
+    apart = least - boxes.new_tensor([[3, 3, 2, 2], [5, 5, 4, 4]])
+    keep = nms(torch.cat([shifted, apart]), F.pad(scores, [0, 2]), iou_threshold)
+    return keep[keep < boxes.shape[0]]
+
+
+def _conv2d(self, x: Tensor) -> Tensor:
+    """Detectron2's :class:`Conv2d` without its question whether the batch is empty."""
+    x = nn.Conv2d.forward(self, x)
+    for layer in (self.norm, self.activation):
+        x = x if layer is None else layer(x)
+    return x
 
 
 def _pooler_boxes(boxes: list[Boxes]) -> Tensor:
@@ -196,6 +209,7 @@ def _exportable() -> Iterator[None]:
         "detectron2.structures.Boxes.__init__": lambda self, tensor: setattr(
             self, "tensor", tensor
         ),
+        "detectron2.layers.Conv2d.forward": _conv2d,
         f"{modeling}.poolers.convert_boxes_to_pooler_format": _pooler_boxes,
         f"{proposals}._is_tracing": lambda: True,
         **{
