@@ -150,7 +150,7 @@ def test_architectures(tmp_path, monkeypatch):
     nvcc = str(fake_nvcc(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert setup["cuda_archs"](nvcc) == (["75", "80", "90"], ["90"])
+    assert setup["cuda_archs"](nvcc) == (["75", "80", "90"], ["80"])
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a+PTX")
     assert setup["cuda_archs"](nvcc) == (["80", "90a"], ["90a"])
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")

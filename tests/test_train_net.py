@@ -1,13 +1,11 @@
 """The command lines of train_net.py and tools/lazyconfig_train_net.py, on a small dataset and a
 small model. tests/test_distributed.py trains by them in several processes."""
 
+import functools
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -38,25 +36,9 @@ def command_line(config, *arguments):
 
 
 @pytest.fixture(scope="module")
-def start(datasets):
-    """Starts Python with the arguments; stdout and stderr come in one stream."""
-
-    def start(*arguments, **environment):
-        return subprocess.Popen(
-            [sys.executable, *arguments],
-            env={**os.environ, "DETECTRON2_DATASETS": str(datasets), **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    return start
-
-
-def finish(process, returncode=0):
-    output, _ = process.communicate()
-    assert process.returncode == returncode, output
-    return output
+def start(start_program, datasets):
+    """Starts a script with its arguments, where the small dataset is."""
+    return functools.partial(start_program, DETECTRON2_DATASETS=str(datasets))
 
 
 def average_precisions(output):
@@ -74,7 +56,7 @@ def detections(folder):
 def trained(start, tmp_path_factory):
     """A finished training: its output folder and its log."""
     folder = tmp_path_factory.mktemp("trained")
-    return folder, finish(start(*command_line(YAML, *SMALL, "OUTPUT_DIR", folder)))
+    return folder, start(*command_line(YAML, *SMALL, "OUTPUT_DIR", folder)).finish()
 
 
 def test_training_ends_with_evaluation_of_boxes_and_masks(trained):
@@ -96,17 +78,17 @@ def test_cpu_is_announced_once(trained):
 @pytest.mark.slow
 def test_killed_training_resumes_to_the_same_result(start, trained, tmp_path):
     arguments = command_line(YAML, *SMALL, "OUTPUT_DIR", tmp_path)
-    process = start(*arguments)
+    training = start(*arguments)
     last_checkpoint = tmp_path / "last_checkpoint"
-    while process.poll() is None and not (
+    while training.process.is_alive() and not (
         last_checkpoint.exists() and last_checkpoint.read_text() >= "model_0000003.pth"
     ):
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    training.process.kill()
+    training.finish(-signal.SIGKILL)
     assert not (tmp_path / "model_final.pth").exists(), "finished before it was killed"
 
-    output = finish(start(*arguments[:1], "--resume", *arguments[1:]))
+    output = start(*arguments[:1], "--resume", *arguments[1:]).finish()
     resumed_at = int(re.search(r"Starting training from iteration (\d+)", output)[1])
     assert 4 <= resumed_at < 12
     assert detections(tmp_path) == detections(trained[0])
@@ -127,8 +109,7 @@ def test_evaluation_only_gives_the_results_of_the_training_and_verifies_them(
         *("MODEL.WEIGHTS", folder / "model_final.pth", "OUTPUT_DIR", tmp_path),
         *("TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 99.0, 0.5]]"),
     ]
-    process = start(*command_line(YAML, "--eval-only", *SMALL, *keys))
-    evaluated = finish(process, returncode=1)
+    evaluated = start(*command_line(YAML, "--eval-only", *SMALL, *keys)).finish(1)
     assert "Result verification failed" in evaluated
     assert average_precisions(evaluated) == average_precisions(output)
     assert detections(tmp_path) == detections(folder)
@@ -143,7 +124,7 @@ def test_evaluation_by_lazy_config_gives_the_results_of_the_training(start, trai
         f"train.init_checkpoint={folder / 'model_final.pth'}",
         f"train.output_dir={tmp_path}",
     ]
-    evaluated = finish(start(*command_line(LAZY, "--eval-only", *keys)))
+    evaluated = start(*command_line(LAZY, "--eval-only", *keys)).finish()
     assert average_precisions(evaluated) == average_precisions(output)
     assert detections(tmp_path) == detections(folder)
 
@@ -165,37 +146,16 @@ MISTAKES = [
     (LAZY, ["dataloader.train.dataset.names=nonsense"], r"dataset 'nonsense' .* not registered"),
     (LAZY, ["train.init_checkpoint=absent.pth"], r"weights absent\.pth do not exist"),
 ]
-RUN_EACH = """
-import json, runpy, sys
-for script, *arguments in json.loads(sys.argv[1]):
-    sys.argv = [script, *arguments]
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as exit:
-        print(exit.code)  # as Python does with a text, and exits with 1
-    print("=" * 80, flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def outputs_of_mistakes(start, tmp_path_factory):
-    """The output of each of MISTAKES, all in one process, for to start one takes seconds."""
-    folder = tmp_path_factory.mktemp("mistakes")
-    commands = []
-    for config, arguments, _ in MISTAKES:
-        output = [f"train.output_dir={folder}"] if config == LAZY else ["OUTPUT_DIR", folder]
-        commands.append(command_line(config, *arguments, *output))
-    process = start("-c", RUN_EACH, json.dumps(commands))
-    return finish(process).split("=" * 80 + "\n")
 
 
 @pytest.mark.parametrize(
-    ("index", "message"),
-    [(i, message) for i, (*_, message) in enumerate(MISTAKES)],
+    ("config", "arguments", "message"),
+    MISTAKES,
     ids=[" ".join(arguments) or config for config, arguments, _ in MISTAKES],
 )
-def test_mistakes_get_one_clear_line(outputs_of_mistakes, index, message):
-    output = outputs_of_mistakes[index]
+def test_mistakes_get_one_clear_line(start, tmp_path, config, arguments, message):
+    folder = [f"train.output_dir={tmp_path}"] if config == LAZY else ["OUTPUT_DIR", tmp_path]
+    output = start(*command_line(config, *arguments, *folder)).finish(1)
     assert re.search(f"^error: .*{message}", output, re.MULTILINE), output
     assert "Traceback" not in output
 
@@ -206,7 +166,7 @@ def test_image_that_does_not_decode_is_named(start, datasets, tmp_path):
         image.write_bytes(image.read_bytes()[:100])
     # From a worker process the error comes with that one's traceback, which has to go.
     keys = ["DATALOADER.NUM_WORKERS", "1", "OUTPUT_DIR", tmp_path / "out"]
-    process = start(*command_line(YAML, *SMALL, *keys), DETECTRON2_DATASETS=str(tmp_path))
-    output = finish(process, returncode=1)
+    training = start(*command_line(YAML, *SMALL, *keys), DETECTRON2_DATASETS=str(tmp_path))
+    output = training.finish(1)
     assert re.search(r"^error: .*cannot read image .*shapes/train/\d+\.png", output, re.MULTILINE)
     assert "Traceback" not in output

@@ -66,9 +66,26 @@ void for_all_rows(const Shape& shape, const Kernel& kernel) {
                               });
 }
 
+// Parts of the channels that a forward pass takes one after the other. With a stride there is little
+// to compute for each pixel that is read, so the k rows around the current one have to stay in the
+// second cache, which they do not of all channels of a wide map.
+int64_t panels(const Shape& shape) {
+  constexpr int64_t kMostChannels = 128;
+  int64_t count = 1;
+  if (shape.stride == 1 || shape.groups != 1) return count;
+  while (shape.channels / count > kMostChannels && shape.channels % (2 * count) == 0) count *= 2;
+  return count;
+}
+
 void forward(const Shape& shape, const Map& features, const Weights& weights, const Map& output) {
-  for_all_rows(shape, [&](int64_t begin, int64_t end, char* scratch) {
-    return kernels().forward(shape, features, weights, output, begin, end, scratch);
+  Shape parts = shape;
+  Weights shared = weights;
+  if (const int64_t count = panels(shape); count > 1) {  // groups that have their weights in common
+    parts.groups = count;
+    shared.group_stride = 0;
+  }
+  for_all_rows(parts, [&](int64_t begin, int64_t end, char* scratch) {
+    return kernels().forward(parts, features, shared, output, begin, end, scratch);
   });
 }
 

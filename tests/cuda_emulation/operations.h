@@ -30,23 +30,22 @@ inline unsigned vote(const char* operation, const Place& place, unsigned mask, b
 // multiply_add() of csrc/cuda/device.cuh, which says what a lane has of the matrices.
 template <typename T>
 void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2], float* c, const Place& place) {
-  static uint32_t words_of_block[1024][6];  // of its threads: a and b
+  static float values_of_block[1024][12];  // of its threads: two of every word of a and b
   const unsigned lane = threadIdx.x % warpSize;
-  const auto words = words_of_block + (threadIdx.x - lane);
-  std::copy_n(a, 4, words[lane]);
-  std::copy_n(b, 2, words[lane] + 4);
+  const auto values = values_of_block + (threadIdx.x - lane);
+  for (int i = 0; i < 12; ++i) {
+    const uint32_t word = i < 8 ? a[i / 2] : b[i / 2 - 4];
+    values[lane][i] = to_float(T{static_cast<uint16_t>(word >> 16 * (i % 2))});
+  }
   // All lanes have to take part; and none goes on before the others have read.
   const Wait wait = {"mma", place, ~0u};
   Block::current().exchange(wait);
-  const auto value = [&](unsigned lane, int word, int half) {
-    return to_float(T{static_cast<uint16_t>(words[lane][word] >> 16 * half)});
-  };
   for (unsigned j = 0; j < 4; ++j) {
     const unsigned row = lane / 4, column = lane % 4 * 2 + j % 2;
     for (int t = 0; t < 16; ++t) {
       const unsigned i = t / 2 % 4;
-      c[j] +=
-          value(row * 4 + i, t / 8 * 2 + j / 2, t % 2) * value(column * 4 + i, t / 8 + 4, t % 2);
+      c[j] += values[row * 4 + i][t / 8 * 4 + j / 2 * 2 + t % 2] *
+              values[column * 4 + i][8 + t / 8 * 2 + t % 2];
     }
   }
   Block::current().exchange(wait);

@@ -1,0 +1,18 @@
+"""Runs a Python program as the command `python` does; `start_program` runs this in a fork.
+
+It gets `arguments`, `environment` and `output`, the file for stdout and stderr.
+"""
+
+import os
+import runpy
+import sys
+
+os.environ.clear()
+os.environ.update(environment)  # noqa: F821
+with open(output, "wb") as file:  # noqa: F821
+    for stream in (1, 2):
+        os.dup2(file.fileno(), stream)
+sys.stdout.reconfigure(line_buffering=True)  # in the order of what goes to stderr
+sys.argv = arguments  # noqa: F821
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
