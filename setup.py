@@ -117,7 +117,7 @@ def cuda_archs(nvcc: str) -> tuple[list[str], list[str]]:
 def gencode_flags(machine: Iterable[str], ptx: Iterable[str]) -> list[str]:
     """nvcc's flags for the architectures that `cuda_archs` gives.
 
-    All from `SHARED_PTX` on get machine code out of the same PTX, which is a quarter less to compile.
+    All from `SHARED_PTX` on get machine code out of the same PTX, a quarter less to compile.
     """
 
     def source(arch: str) -> str:

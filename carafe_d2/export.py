@@ -6,6 +6,7 @@ and masks to the size of the original image, follows in Python; :class:`Exported
 
 import contextlib
 import copy
+import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from detectron2.modeling.meta_arch import panoptic_fpn
 from detectron2.modeling.postprocessing import detector_postprocess, sem_seg_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
+from torch._prims_common import is_contiguous_or_false
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import nms
 
@@ -160,6 +162,18 @@ class _FiniteValues(TorchFunctionMode):
         return result
 
 
+class _CopiedToReshape(TorchFunctionMode):
+    """Copies what is reshaped, where its order may ask for it.
+
+    To tell whether it does, torch.export would fix which of the sizes are 1.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (Tensor.reshape, Tensor.flatten) and not is_contiguous_or_false(args[0]):
+            args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
 def _padded(images: list[Tensor], size_divisibility: int = 0, pad_value: float = 0.0, **_):
     """:meth:`ImageList.from_tensors` of one image, without tensors of sizes."""
     (image,) = images
@@ -173,8 +187,39 @@ def _padded(images: list[Tensor], size_divisibility: int = 0, pad_value: float =
 
 def _batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
     """:func:`torchvision.ops.batched_nms` by coordinates, for any number of boxes."""
-    beyond = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max() + 1
-    return nms(boxes + (idxs.to(boxes) * beyond)[:, None], scores, iou_threshold)
+    corners = torch.cat([boxes.flatten(), boxes.new_zeros(1)])
+    least = corners.min()
+    shifted = boxes + (idxs.to(boxes) * (corners.max() - least + 1))[:, None]
+    # torchvision promises torch.export that two boxes are kept, so there are two that always are.
+    apart = least - boxes.new_tensor([[3, 3, 2, 2], [5, 5, 4, 4]])
+    keep = nms(torch.cat([shifted, apart]), F.pad(scores, [0, 2]), iou_threshold)
+    return keep[keep < boxes.shape[0]]
+
+
+def _adaptive_avg_pool2d(x: Tensor, output_size: int | tuple[int, int]) -> Tensor:
+    """By matrices, as the translation to ONNX takes the windows of one size for all."""
+    height, width = output_size if isinstance(output_size, tuple) else (output_size, output_size)
+    for cells in (width, height):
+        *others, pixels = x.shape
+        x = x.reshape(-1, pixels).mm(_means(pixels, cells, x)).reshape(*others, cells).mT
+    return x
+
+
+def _means(pixels: int, cells: int, like: Tensor) -> Tensor:
+    """The matrix (pixels, cells) that averages over the window of each cell."""
+    pixel = torch.arange(pixels, device=like.device)[:, None]
+    cell = torch.arange(cells, device=like.device)
+    first, end = cell * pixels // cells, ((cell + 1) * pixels + cells - 1) // cells
+    inside = ((pixel >= first) & (pixel < end)).to(like)
+    return inside / inside.sum(dim=0)
+
+
+def _conv2d(self, x: Tensor) -> Tensor:
+    """Detectron2's :class:`Conv2d` without its question whether the batch is empty."""
+    x = nn.Conv2d.forward(self, x)
+    for layer in (self.norm, self.activation):
+        x = x if layer is None else layer(x)
+    return x
 
 
 def _pooler_boxes(boxes: list[Boxes]) -> Tensor:
@@ -196,6 +241,8 @@ def _exportable() -> Iterator[None]:
         "detectron2.structures.Boxes.__init__": lambda self, tensor: setattr(
             self, "tensor", tensor
         ),
+        "detectron2.layers.Conv2d.forward": _conv2d,
+        "torch.nn.functional.adaptive_avg_pool2d": _adaptive_avg_pool2d,
         f"{modeling}.poolers.convert_boxes_to_pooler_format": _pooler_boxes,
         f"{proposals}._is_tracing": lambda: True,
         **{
@@ -215,6 +262,10 @@ def _exportable() -> Iterator[None]:
             # Of a size that is known at run time, the builtin would fix which one is smaller.
             stack.enter_context(mock.patch(f"{module}.min", torch.sym_min, create=True))
         stack.enter_context(patch_builtin_len(["detectron2.structures.instances"]))
+        # Or sizes of which something becomes one pixel, or is cropped or not, would be refused.
+        config: Any = torch.fx.experimental._config
+        stack.enter_context(config.patch(backed_size_oblivious=True))
+        stack.enter_context(_CopiedToReshape())
         stack.enter_context(_FiniteValues())
         yield
 
@@ -240,7 +291,9 @@ def export_program(model: nn.Module) -> torch.export.ExportedProgram:
         parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     detector = TensorDetector(model).eval()
     sides = {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
-    with _naming_the_part(model), _exportable(), torch.no_grad():
+    # Before it raises, torch.export prints all that it has read to stderr.
+    silence = contextlib.redirect_stderr(io.StringIO())
+    with _naming_the_part(model), silence, _exportable(), torch.no_grad():
         return torch.export.export(
             detector, (detector.example,), dynamic_shapes=(sides,), strict=False
         )

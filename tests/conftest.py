@@ -9,12 +9,12 @@ import os
 import pickle
 import runpy
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from carafe_d2 import collect_env
@@ -45,6 +45,9 @@ def pytest_configure():
 
     PyTorch's threads spin while they wait, so more of them than cores slow everything tenfold.
     """
+    # In C it takes a tenth of the time, and every training begins with reading and writing configs.
+    if yaml.__with_libyaml__:
+        yaml.SafeLoader, yaml.SafeDumper = yaml.CSafeLoader, yaml.CSafeDumper
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
         threads = max(1, (os.cpu_count() or 1) // workers)
         os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -86,7 +89,8 @@ def loggers_as_they_were():
 
 
 class Program:
-    """A Python script with arguments, in a fork of a process that has imported Detectron2.
+    """A Python script, or "-m" and a module, with arguments, in a fork of a process that has
+    imported Detectron2.
 
     To import that and PyTorch takes longer than most of what tests start programs for. Nothing of
     carafe_d2 is imported before the fork.
@@ -116,7 +120,7 @@ class Program:
 
 @pytest.fixture(scope="session")
 def start_program(tmp_path_factory):
-    """Starts a `Program`: start_program(script, *arguments, **environment)."""
+    """Starts a `Program`: start_program(*arguments, **environment)."""
     folder = tmp_path_factory.mktemp("programs")
     numbers = itertools.count()
 
@@ -131,9 +135,11 @@ def make_shapes(tmp_path_factory):
     """Generates the `shapes` dataset with images of 64 pixels; returns its DETECTRON2_DATASETS."""
 
     def make(train: int, val: int):
+        from carafe_d2.data import shapes
+
         root = tmp_path_factory.mktemp("datasets")
-        command = [sys.executable, "-m", "carafe_d2.data.shapes", "--root", root, "--size", "64"]
-        subprocess.run([*command, "--train", str(train), "--val", str(val)], check=True)
+        sizes = ["--size", "64", "--train", str(train), "--val", str(val)]
+        shapes.main(["--root", str(root), *sizes])
         return root
 
     return make

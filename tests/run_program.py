@@ -13,6 +13,11 @@ with open(output, "wb") as file:  # noqa: F821
     for stream in (1, 2):
         os.dup2(file.fileno(), stream)
 sys.stdout.reconfigure(line_buffering=True)  # in the order of what goes to stderr
-sys.argv = arguments  # noqa: F821
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
+if arguments[0] == "-m":  # noqa: F821
+    sys.argv = arguments[1:]  # noqa: F821
+    sys.path.insert(0, os.getcwd())
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    sys.argv = arguments  # noqa: F821
+    sys.path.insert(0, os.path.dirname(sys.argv[0]))
+    runpy.run_path(sys.argv[0], run_name="__main__")

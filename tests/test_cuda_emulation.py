@@ -121,7 +121,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def emulation(folder) -> Iterator[ctypes.CDLL]:
-    library = load(os.environ.get(SANITIZED) or compiled(folder, "-O1"))
+    library = load(os.environ.get(SANITIZED) or compiled(folder, "-O2"))
     if architecture := os.environ.get(PTX):
         ptx = compile_to_ptx(ROOT / "csrc" / "cuda" / "carafe_cuda.cu", architecture, folder)
         with replaced_kernels(library, Translation(ptx, folder)):

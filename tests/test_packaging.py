@@ -153,7 +153,7 @@ DATASETS:
 INPUT: {{MIN_SIZE_TRAIN: "(64,)", MIN_SIZE_TEST: 64}}
 SOLVER: {{IMS_PER_BATCH: 2, MAX_ITER: 2}}
 TEST:
-  AUG: {{ENABLED: True, MIN_SIZES: "(64, 96)"}}
+  AUG: {{MIN_SIZES: "(64, 96)"}}
 OUTPUT_DIR: "out"
 """
 OWN_PREDICTION = """
@@ -200,7 +200,8 @@ def test_user_works_with_data_of_their_own_on_the_installed_wheel(installed, tmp
     assert "area of 4 annotations is that of their masks or boxes" in log
     log = python(*train, "--resume", "SOLVER.MAX_ITER", "3")
     assert "Starting training from iteration 2" in log
-    log = python(*train, "--eval-only", "MODEL.WEIGHTS", "out/model_final.pth")
+    evaluate = ("--eval-only", "MODEL.WEIGHTS", "out/model_final.pth", "TEST.AUG.ENABLED", "True")
+    python(*train, *evaluate)
     assert (tmp_path / "out/inference_TTA/coco_instances_results.json").is_file()
     output = python("-c", OWN_PREDICTION)
     assert "True ['debris', 'cell']" in output

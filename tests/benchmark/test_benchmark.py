@@ -35,26 +35,25 @@ PAGE = "before\n<!-- begin: {} -->\nnot measured\n<!-- end -->\nafter\n"
 
 
 class QuickRun:
-    def __init__(self, folder: Path, device: str):
+    def __init__(self, start_program, folder: Path, device: str):
         self.folder = folder
         self.page = folder / "page.md"
         self.page.write_text(PAGE.format(f"upsampling {device}"))
-        command = [sys.executable, "-m", "carafe_d2.benchmark", "--quick", "--device", device]
-        command += ["--threads", "1", "--output", folder, "--markdown", self.page]
-        self.process = subprocess.run(command, capture_output=True, text=True)
-        assert self.process.returncode == 0, self.process.stderr
+        command = ["-m", "carafe_d2.benchmark", "--quick", "--device", device, "--threads", "1"]
+        program = start_program(*command, "--output", folder, "--markdown", self.page)
+        self.printed = program.finish()
         content = json.loads((folder / "upsampling.json").read_text())
         self.machine, self.results = content["machine"], content["results"]
 
 
 @pytest.fixture(scope="module")
-def quick_run(tmp_path_factory):
-    return QuickRun(tmp_path_factory.mktemp("benchmark"), "cpu")
+def quick_run(start_program, tmp_path_factory):
+    return QuickRun(start_program, tmp_path_factory.mktemp("benchmark"), "cpu")
 
 
 @pytest.mark.gpu
-def test_runs_on_a_gpu(tmp_path):
-    run = QuickRun(tmp_path, "cuda")
+def test_runs_on_a_gpu(start_program, tmp_path):
+    run = QuickRun(start_program, tmp_path, "cuda")
     assert run.machine["gpu"] == torch.cuda.get_device_name()
     assert all(r["milliseconds"] > 0 for r in run.results if not r["skipped"])
 
@@ -112,13 +111,13 @@ def test_prints_and_inserts_a_table_for_each_case(quick_run):
     assert page.endswith("<!-- end -->\nafter\n")
     assert "not measured\n<!--" not in page
     for case in upsampling.QUICK_CASES:
-        assert quick_run.process.stdout.count(f"\n{case}: features ") == 1
+        assert quick_run.printed.count(f"\n{case}: features ") == 1
         assert page.count(f"**{case}: features ") == 1
     for name in upsampling.standard_candidates(with_peers=False):
         cases = 1 if name.startswith("down") else 2
-        assert quick_run.process.stdout.count(f"\n{name} ") == cases
+        assert quick_run.printed.count(f"\n{name} ") == cases
         assert page.count(f"\n| {name} ") == cases
-    assert quick_run.process.stdout.count("page faults in a call: at most ") == 3
+    assert quick_run.printed.count("page faults in a call: at most ") == 3
     assert "upsampler/unfold_module: not measured, has one group only" in page
 
 

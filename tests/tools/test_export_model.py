@@ -1,12 +1,14 @@
 """tools/export_model.py: what is exported detects what the model does, in images of other sizes."""
 
+import copy
+
 import pytest
 import torch
 from detectron2.modeling import build_model
 from torch import nn
 
 from carafe_d2 import export
-from carafe_d2.benchmark.detectors import Detector
+from carafe_d2.benchmark.detectors import Detector, steady_residuals
 from carafe_d2.config import load_config
 from carafe_d2.data import register_shapes, shapes
 from tools import export_model
@@ -98,6 +100,26 @@ def test_onnx_detects_the_same(run, program, model, tmp_path, monkeypatch, capsy
     assert all(row[3] == row[4] for row in rows)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_few_boxes(program, model, number):
+    image = torch.rand(3, 96, 128, generator=torch.Generator().manual_seed(1)) * 255
+    model, exported = copy.deepcopy(model), copy.deepcopy(program.module())
+    bias = model.roi_heads.box_predictor.cls_score.bias
+    low, high, found = 0.0, 64.0, None  # by which the background is likelier
+    with torch.no_grad():
+        while found is None or len(found["scores"]) != number:
+            shift = (low + high) / 2
+            bias[-1] += shift
+            found = export.TensorDetector(model)(image)
+            bias[-1] -= shift
+            low, high = (shift, high) if len(found["scores"]) > number else (low, shift)
+        exported.get_parameter("model.roi_heads.box_predictor.cls_score.bias")[-1] += shift
+        detected = exported(image)
+    for name, tensor in found.items():
+        torch.testing.assert_close(detected[name], tensor, rtol=1e-3, atol=1e-3)
+
+
 def test_torchscript_detects_the_same(run, model, folder):
     run("--format", "torchscript")
     traced = torch.jit.load("model.ts")
@@ -123,17 +145,51 @@ def test_postprocessing_is_detectron2s(model):
     assert torch.equal(found.pred_masks, expected.pred_masks)
 
 
+SMALL = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", "18"]
+SMALL += ["MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.CARAFE.COMPRESSED_CHANNELS", "8"]
+OTHERS = {
+    "retinanet_R50_FPN_carafe_1x.yaml": [
+        *("MODEL.RETINANET.IN_FEATURES", "['p6', 'p7']", "MODEL.RETINANET.NUM_CONVS", "1"),
+        *("MODEL.RETINANET.NUM_CLASSES", "3", "MODEL.RETINANET.PRIOR_PROB", "0.2"),
+        *("MODEL.ANCHOR_GENERATOR.SIZES", "[[32], [64]]", "MODEL.FPN.OUT_CHANNELS", "16"),
+    ],
+    "upernet_R50_ade20k_carafe_1x.yaml": ["MODEL.SEM_SEG_HEAD.CONVS_DIM", "8"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", OTHERS)
+def test_other_models_for_any_size(config):
+    """Also for images so small that the coarsest map has one pixel."""
+    torch.manual_seed(0)
+    model = build_model(load_config(config, [*SMALL, *OTHERS[config]])).eval()
+    steady_residuals(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and not name.startswith("backbone"):
+            nn.init.kaiming_normal_(module.weight)  # or all scores would be equal
+    exported = export.export_program(model).module()
+    for height, width in ((200, 150), (65, 97), (31, 20)):
+        image = torch.rand(3, height, width) * 255
+        with torch.no_grad():
+            expected, found = export.TensorDetector(model)(image), exported(image)
+        if "scores" in expected:
+            assert len(expected["scores"].unique()) == len(expected["scores"]) > 1
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-3)
+
+
 class Branching(nn.Module):
     def forward(self, x):
         return x if x.mean() > 0 else -x
 
 
-def test_part_that_cannot_be_exported_is_named():
+def test_part_that_cannot_be_exported_is_named(capfd):
     model = build_model(load_config(CONFIG, OPTS)).eval()
     model.backbone.fpn_upsample5 = Branching()
     message = r"^backbone.fpn_upsample5 \(Branching\) cannot be exported: [^\n]*data-dependent"
     with pytest.raises(export.UserError, match=message):
         export.export_program(model)
+    assert "def forward" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
