@@ -104,7 +104,7 @@ STUDIES = {
             ("mIoU", "boundary IoU"),
             (0.001, 0.003, 0.01),
         ),
-        Study("inpainting", ("MODEL.INPAINT.UPSAMPLE",), ("PSNR",), (0.001, 0.003, 0.01)),
+        Study("inpainting", ("MODEL.INPAINT.UPSAMPLE",), ("PSNR",), (0.003, 0.01, 0.02)),
     )
 }
 
