@@ -360,7 +360,8 @@ def save_package(program: torch.export.ExportedProgram, path: str | Path) -> Non
     # channels_last, and a convolution reads what another one wrote in the wrong order.
     configs = {"layout_optimization": False}
     try:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of torchvision's
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torchvision's
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(path), inductor_configs=configs
             )
