@@ -3,7 +3,7 @@
 //   contiguous.cuh     (N, C, H, W) in memory: a lane is a source location
 //   tensor_cores.cuh   the same for half types, where the GPU has the instructions
 //   channels_last.cuh  (N, H, W, C) in memory: a lane is some channels
-//   general.cuh        whatever those two leave out
+//   general.cuh        whatever those three leave out
 //
 // None uses atomics, so results are bitwise the same from run to run. A Launcher stands for the
 // device; the one of carafe_cuda.cu is CUDA's, that of tests/cuda_emulation runs on the host:
