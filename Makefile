@@ -28,7 +28,7 @@ PIP := $(PY) -m pip
 # What was done for this checkout in this environment; removed together with the environment.
 STAMPS := $(VENV)/.carafe_d2$(subst /,_,$(CURDIR))
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml
-CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' \
+CPP = $(shell find csrc docs tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' \
 	-o -name '*.inl')
 
 .PHONY: quickstart test bench compare gpu-check lint format dist environment clean

@@ -15,16 +15,29 @@ from .version import __version__
 if TYPE_CHECKING:
     from .checkpoint import CarafeCheckpointer
     from .config import add_carafe_config
+    from .downsample import CARAFEDownsample, CARAFEDownsamplePack
     from .fpn import (
         CarafeFPN,
+        CarafePAFPN,
         build_resnet_carafe_fpn_backbone,
+        build_resnet_carafe_pafpn_backbone,
         build_retinanet_resnet_carafe_fpn_backbone,
     )
+    from .inpaint.global_local import GlobalLocalInpainter
+    from .inpaint.partial_conv import PartialConvInpainter
     from .legacy import LegacyAnchorGenerator, LegacyRCNN
     from .mask_head import MaskRCNNCarafeUpsampleHead
-    from .ops import DECOMPOSITIONS, carafe, carafe_upsample, flop_count_ops
-    from .reference import carafe_naive
-    from .replace import replace_upsampling
+    from .ops import (
+        DECOMPOSITIONS,
+        carafe,
+        carafe_downsample,
+        carafe_downsample_softmax,
+        carafe_upsample,
+        flop_count_ops,
+    )
+    from .reference import carafe_downsample_naive, carafe_naive
+    from .replace import replace_downsampling, replace_upsampling
+    from .resnet import build_resnet_carafe_backbone, downsample_with_carafe
     from .semantic_seg import CarafeSemSegFPNHead, build_resnet_carafe_semantic_fpn_backbone
     from .upernet import UPerNetHead
     from .upsample import (
@@ -40,6 +53,8 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "BatchNormCARAFE": "yolo",
     "CARAFE": "upsample",
+    "CARAFEDownsample": "downsample",
+    "CARAFEDownsamplePack": "downsample",
     "CARAFENaive": "upsample",
     "CARAFEPack": "upsample",
     "DECOMPOSITIONS": "ops",
@@ -48,23 +63,33 @@ _MODULE_OF = {
     "ProjectedCARAFE": "yolo",
     "build_upsampler": "upsample",
     "carafe": "ops",
+    "carafe_downsample": "ops",
+    "carafe_downsample_naive": "reference",
+    "carafe_downsample_softmax": "ops",
     "carafe_naive": "reference",
     "carafe_upsample": "ops",
     "flop_count_ops": "ops",
+    "replace_downsampling": "replace",
     "replace_upsampling": "replace",
 }
 _DETECTRON2_MODULE_OF = {
     "CarafeCheckpointer": "checkpoint",
     "CarafeFPN": "fpn",
+    "CarafePAFPN": "fpn",
     "CarafeSemSegFPNHead": "semantic_seg",
+    "GlobalLocalInpainter": "inpaint.global_local",
     "LegacyAnchorGenerator": "legacy",
     "LegacyRCNN": "legacy",
     "MaskRCNNCarafeUpsampleHead": "mask_head",
+    "PartialConvInpainter": "inpaint.partial_conv",
     "UPerNetHead": "upernet",
     "add_carafe_config": "config",
+    "build_resnet_carafe_backbone": "resnet",
     "build_resnet_carafe_fpn_backbone": "fpn",
+    "build_resnet_carafe_pafpn_backbone": "fpn",
     "build_resnet_carafe_semantic_fpn_backbone": "semantic_seg",
     "build_retinanet_resnet_carafe_fpn_backbone": "fpn",
+    "downsample_with_carafe": "resnet",
 }
 
 __all__ = ["__version__", *_MODULE_OF]
@@ -79,7 +104,8 @@ def _register_dataset() -> None:
 
 
 def _register_models() -> None:
-    from . import backbones, fpn, legacy, mask_head, semantic_seg, upernet
+    from . import backbones, fpn, legacy, mask_head, resnet, semantic_seg, upernet
+    from .inpaint import global_local, partial_conv
 
 
 when_imported("detectron2.data", _register_dataset)

@@ -39,9 +39,28 @@ def add_carafe_config(cfg: CN) -> None:
     # What makes weights of the predictions: softmax, sigmoid, normalized_sigmoid, none.
     cfg.MODEL.CARAFE.NORMALIZER = "softmax"
 
+    # The CARAFE downsamplers of pyramid and ResNet (CARAFE++); names as in the arguments of
+    # CARAFEDownsamplePack.
+    cfg.MODEL.CARAFE_DOWNSAMPLE = CN()
+    # Side of the reassembly kernel, odd, and number of channel groups with kernels of their own.
+    cfg.MODEL.CARAFE_DOWNSAMPLE.DOWN_KERNEL = 5
+    cfg.MODEL.CARAFE_DOWNSAMPLE.DOWN_GROUP = 1
+    # As in MODEL.CARAFE.
+    cfg.MODEL.CARAFE_DOWNSAMPLE.ENCODER_KERNEL = 3
+    cfg.MODEL.CARAFE_DOWNSAMPLE.ENCODER_DILATION = 1
+    cfg.MODEL.CARAFE_DOWNSAMPLE.COMPRESSED_CHANNELS = 16
+    cfg.MODEL.CARAFE_DOWNSAMPLE.NORMALIZER = "softmax"
+    # How the stages of the ResNet of build_resnet_carafe_*_backbone halve the resolution: by the
+    # strides of their first block's convolutions (""), or before that block by CARAFE (carafe).
+    cfg.MODEL.RESNETS.DOWNSAMPLE = ""
+    # How build_*_carafe_*_backbone makes extra levels, and the bottom-up path of a PAFPN its
+    # coarser levels: by convolutions with a stride (""), or by CARAFE (carafe).
+    cfg.MODEL.FPN.DOWNSAMPLE = ""
+
     # How build_*_carafe_fpn_backbone upsamples: carafe, nearest, bilinear, deconv, pixel_shuffle.
     cfg.MODEL.FPN.UPSAMPLE = "carafe"
-    # How MaskRCNNCarafeUpsampleHead upsamples: carafe, deconv (the stock head), nearest, bilinear.
+    # How MaskRCNNCarafeUpsampleHead upsamples: carafe, nearest, bilinear, deconv (the stock head),
+    # pixel_shuffle.
     cfg.MODEL.ROI_MASK_HEAD.UPSAMPLE = "carafe"
     # How CarafeSemSegFPNHead upsamples: carafe, nearest, bilinear (the stock head), deconv,
     # pixel_shuffle.
@@ -55,11 +74,37 @@ def add_carafe_config(cfg: CN) -> None:
     # Weight of a loss on what the second coarsest of its maps alone predicts; 0: no such loss.
     cfg.MODEL.UPERNET.AUX_LOSS_WEIGHT = 0.0
 
+    # How GlobalLocalInpainter and PartialConvInpainter upsample: carafe, nearest (stock partial
+    # convolutions), bilinear, deconv (stock Global&Local), pixel_shuffle.
+    cfg.MODEL.INPAINT = CN()
+    cfg.MODEL.INPAINT.UPSAMPLE = "carafe"
+    # Channels of the first convolutions; the others have multiples of them. Normalization.
+    cfg.MODEL.INPAINT.CHANNELS = 64
+    cfg.MODEL.INPAINT.NORM = "BN"
+    # Side of the squares that are cut out of the resized images, in pixels.
+    cfg.MODEL.INPAINT.CROP_SIZE = 256
+    # Holes: a rectangle, whose least and greatest side are HOLE_SIZE, or irregular ones.
+    cfg.MODEL.INPAINT.MASK = "rectangle"
+    cfg.MODEL.INPAINT.HOLE_SIZE = (96, 128)
+    # Of GlobalLocalInpainter: side of what the local discriminator sees; weight of the
+    # discriminators' verdict; iterations of the completion network alone, and then of the
+    # discriminators alone.
+    cfg.MODEL.INPAINT.LOCAL_SIZE = 128
+    cfg.MODEL.INPAINT.ADVERSARIAL_WEIGHT = 0.0004
+    cfg.MODEL.INPAINT.COMPLETION_ITERS = 90000
+    cfg.MODEL.INPAINT.DISCRIMINATOR_ITERS = 10000
+    # Of PartialConvInpainter: how often its images are halved; whether the encoder's norms keep
+    # their statistics; torchvision's VGG-16 for the losses of content and style, "" for neither.
+    cfg.MODEL.INPAINT.NUM_LEVELS = 8
+    cfg.MODEL.INPAINT.FREEZE_ENCODER_NORM = False
+    cfg.MODEL.INPAINT.VGG_WEIGHTS = ""
+
     # The network of build_{torchvision,timm}_carafe_fpn_backbone by its name there, and whether to
     # load its ImageNet weights.
     cfg.MODEL.BACKBONE.MODEL = ""
     cfg.MODEL.BACKBONE.PRETRAINED = False
-    # Datasets of your own in COCO's format: "NAME=ANNOTATIONS.json:IMAGES/".
+    # Datasets of your own in COCO's format: "NAME=ANNOTATIONS.json:IMAGES/"; for inpainting
+    # "NAME=IMAGES/".
     cfg.DATASETS.REGISTER = ()
 
     # Of train_net.py: keep weights and feature maps in the channels_last memory format.
@@ -164,7 +209,7 @@ def find_config_file(name: str) -> str:
 # Keys of Detectron2's defaults that its own code does not read either, or that belong to a trainer
 # other than ours. A value other than the default would do nothing.
 WITHOUT_EFFECT: tuple[str, ...] = ("GLOBAL.HACK",)
-_TASKS = ("bbox", "segm", "keypoints", "sem_seg", "panoptic_seg", "box_proposals")
+_TASKS = ("bbox", "segm", "keypoints", "sem_seg", "panoptic_seg", "box_proposals", "inpainting")
 
 
 def check_config(cfg: CN, *, eval_only: bool = False) -> None:
@@ -208,6 +253,11 @@ def check_config(cfg: CN, *, eval_only: bool = False) -> None:
                 f"TEST.EXPECTED_RESULTS must be like [['bbox', 'AP', 38.5, 0.2]], got {expected!r}"
             )
     check_folder("OUTPUT_DIR", cfg.OUTPUT_DIR)
+
+
+def is_inpainting(cfg: CN) -> bool:
+    """Whether the config's model is one of ``carafe_d2.inpaint``."""
+    return cfg.MODEL.META_ARCHITECTURE in ("GlobalLocalInpainter", "PartialConvInpainter")
 
 
 def check_folder(key: str, folder: str) -> None:
@@ -280,8 +330,51 @@ def upsampler_options(cfg: CN, upsample_key: str, choices: Sequence[str], channe
     if name != "carafe":
         return {"name": name}
 
+    return {"name": name, **_carafe_options(cfg, "CARAFE", "UP_GROUP", upsample_key, channels)}
+
+
+def downsampler_options(cfg: CN, downsample_key: str, channels: int) -> dict | None:
+    """Reads whether a part of the model downsamples with CARAFE, and its options.
+
+    Args:
+        cfg: a config with the keys of :func:`add_carafe_config`.
+        downsample_key: the key under MODEL that says so, e.g. "FPN.DOWNSAMPLE".
+        channels: channels of the feature map to be downsampled.
+
+    Returns:
+        Keyword arguments for :class:`carafe_d2.CARAFEDownsamplePack`, or None for convolutions with
+        a stride.
+
+    Raises:
+        UserError: a value is out of its range; the message names the key.
+    """
+    section, key = downsample_key.split(".")
+    name = cfg.MODEL[section][key]
+    if name not in ("", "carafe"):
+        raise UserError(
+            f"MODEL.{downsample_key} must be carafe, or empty for convolutions with a stride, "
+            f"got {name!r}"
+        )
+    if not name:
+        return None
+    return _carafe_options(cfg, "CARAFE_DOWNSAMPLE", "DOWN_GROUP", downsample_key, channels)
+
+
+def _carafe_options(cfg: CN, section: str, group: str, user: str, channels: int) -> dict:
+    """The options of CARAFE in a section of MODEL, in small letters.
+
+    Args:
+        cfg: a config with the keys of :func:`add_carafe_config`.
+        section: "CARAFE" or "CARAFE_DOWNSAMPLE".
+        group: its key that has to divide the channels.
+        user: the key under MODEL that asks for CARAFE.
+        channels: channels of the feature map that it works on.
+
+    Raises:
+        UserError: a value is out of its range; the message names the key.
+    """
     # One by one, or a config that records what is read of it would not know.
-    options = {option: cfg.MODEL.CARAFE[option] for option in cfg.MODEL.CARAFE}
+    options = {option: cfg.MODEL[section][option] for option in cfg.MODEL[section]}
     for option, value in options.items():
         if option == "NORMALIZER":
             is_right, wanted = value in NORMALIZERS, f"one of {', '.join(NORMALIZERS)}"
@@ -292,11 +385,10 @@ def upsampler_options(cfg: CN, upsample_key: str, choices: Sequence[str], channe
         else:
             is_right, wanted = value > 0, "positive"
         if not is_right:
-            raise UserError(f"MODEL.CARAFE.{option} must be {wanted}, got {value!r}")
-    up_group = options["UP_GROUP"]
-    if channels % up_group:
+            raise UserError(f"MODEL.{section}.{option} must be {wanted}, got {value!r}")
+    if channels % options[group]:
         raise UserError(
-            f"MODEL.CARAFE.UP_GROUP = {up_group} must divide the {channels} channels that "
-            f"MODEL.{upsample_key} works on"
+            f"MODEL.{section}.{group} = {options[group]} must divide the {channels} channels that "
+            f"MODEL.{user} works on"
         )
-    return {"name": name, **{k.lower(): v for k, v in options.items()}}
+    return {option.lower(): value for option, value in options.items()}

@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -170,7 +170,8 @@ def build_trainer(
     """Builds Detectron2's trainer of a model that all processes train together.
 
     Args:
-        model, data_loader, optimizer: see :class:`detectron2.engine.SimpleTrainer`.
+        model, data_loader, optimizer: see :class:`detectron2.engine.SimpleTrainer`. A model that
+            has ``turns`` is trained by a :class:`TurnsTrainer`.
         amp: whether to train in mixed precision.
         **ddp: options of :func:`detectron2.engine.defaults.create_ddp_model`.
 
@@ -185,8 +186,57 @@ def build_trainer(
                 "CUDA_VISIBLE_DEVICES= to nothing"
             )
         ddp["device_ids"] = None  # by default that of a GPU
+    if turns := getattr(model, "turns", None):
+        # In each turn the parameters of the other parts are left without a gradient.
+        model = create_ddp_model(model, find_unused_parameters=True, **ddp)
+        return TurnsTrainer(model, data_loader, optimizer, turns, amp=amp)
     trainer = AMPTrainer if amp else SimpleTrainer
     return trainer(create_ddp_model(model, **ddp), data_loader, optimizer)
+
+
+class TurnsTrainer(AMPTrainer):
+    """Trains the parts of a model in turns, such as a generator and its discriminators.
+
+    Each part has losses, a backward and a step of its own in an iteration. One optimizer does for
+    all of them what one for each would: it leaves alone what has no gradient, and keeps its state
+    for each parameter. So schedule, checkpoints and resuming are those of any other training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader,
+        optimizer: torch.optim.Optimizer,
+        turns: Callable[[int], Iterable[str]],
+        *,
+        amp: bool,
+    ):
+        """
+        Args:
+            model: called with a batch and the name of a part, returns the losses of that part,
+                which have gradients for its parameters only.
+            data_loader, optimizer: see :class:`detectron2.engine.SimpleTrainer`.
+            turns: of an iteration, which parts are trained in it, one after the other.
+            amp: whether to train in mixed precision.
+        """
+        scaler = torch.amp.GradScaler(enabled=amp)
+        super().__init__(model, data_loader, optimizer, scaler)
+        self._turns = turns
+
+    def run_step(self) -> None:
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        metrics: dict[str, torch.Tensor] = {}
+        for part in self._turns(self.iter):
+            with torch.autocast("cuda", enabled=self.grad_scaler.is_enabled()):
+                losses = self.model(data, part)
+            self.optimizer.zero_grad()
+            self.grad_scaler.scale(sum(losses.values())).backward()
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+            metrics |= losses
+        self._write_metrics(metrics, data_time)
 
 
 def build_checkpointer(trainer: TrainerBase, output_dir: str, **states: Any) -> CarafeCheckpointer:

@@ -23,6 +23,7 @@ from detectron2.utils import comm
 
 from .data.checks import complete_annotations
 from .errors import UserError
+from .inpaint.evaluation import InpaintingEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ def _coco_evaluator(name: str, folder: str, cfg: CfgNode | None) -> COCOEvaluato
     )
 
 
-# As in Detectron2's tools/train_net.py. Each is made of a dataset, an output folder and a config.
+# As in Detectron2's tools/train_net.py, and that of image folders. Each is made of a dataset, an
+# output folder and a config.
 EVALUATORS: dict[str, list[Callable[[str, str, CfgNode | None], DatasetEvaluator]]] = {
     "coco": [_coco_evaluator],
     "sem_seg": [lambda name, folder, _: SemSegEvaluator(name, output_dir=folder)],
@@ -89,6 +91,7 @@ EVALUATORS: dict[str, list[Callable[[str, str, CfgNode | None], DatasetEvaluator
     "cityscapes_instance": [lambda name, *_: CityscapesInstanceEvaluator(name)],
     "cityscapes_sem_seg": [lambda name, *_: CityscapesSemSegEvaluator(name)],
     "pascal_voc": [lambda name, *_: PascalVOCDetectionEvaluator(name)],
+    "inpainting": [lambda *_: InpaintingEvaluator()],
 }
 
 # Detectron2 imports these only when the evaluation is at its end.

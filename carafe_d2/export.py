@@ -1,10 +1,11 @@
-"""Whole detectors for other runtimes: torch.export, ONNX, TorchScript.
+"""Whole detectors for other runtimes: ONNX, AOTInductor, torch.export, TorchScript.
 
 What is exported is the model from an image to its raw outputs. Post-processing, which brings boxes
 and masks to the size of the original image, follows in Python; :class:`ExportedDetector` does it.
 """
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -232,6 +233,11 @@ def export_program(model: nn.Module) -> torch.export.ExportedProgram:
     Raises:
         UserError: a part of the model cannot be exported; the message names it.
     """
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        # AOTInductor takes the weights of 1x1 convolutions for contiguous even in channels_last,
+        # and its masks are wrong then.
+        parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
     detector = TensorDetector(model).eval()
     sides = {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
     with _naming_the_part(model), _exportable(), torch.no_grad():
@@ -282,6 +288,36 @@ def run_onnx(path: str | Path) -> Run:
         return dict(zip(names, map(torch.from_numpy, outputs), strict=True))
 
     return run
+
+
+def save_package(program: torch.export.ExportedProgram, path: str | Path) -> None:
+    """Compiles a program by AOTInductor into a package, which runs without Python.
+
+    CARAFE stays a call of the compiled operator: before a package is loaded, the library
+    ``carafe_d2/_C.so`` has to be, and torchvision's.
+
+    Args:
+        program: of :func:`export_program`.
+        path: ends in .pt2.
+
+    Raises:
+        UserError: it does not compile.
+    """
+    # Where the size of a batch depends on data, as that of masks does, the optimization chooses
+    # channels_last, and a convolution reads what another one wrote in the wrong order.
+    configs = {"layout_optimization": False}
+    try:
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs=configs
+        )
+    except Exception as error:  # of two compilers, of any kind
+        raise UserError(f"AOTInductor cannot compile it: {first_line(error)}") from error
+
+
+def run_package(path: str | Path) -> Run:
+    """A package of :func:`save_package`."""
+    package = torch._inductor.aoti_load_package(str(path))
+    return lambda image: package(image.contiguous())
 
 
 # ----------------------------------------------------------------------------------- TorchScript

@@ -15,8 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import carafe, carafe_upsample
-from .reference import carafe_naive, carafe_upsample_naive
+from .ops import carafe, carafe_downsample, carafe_downsample_softmax, carafe_upsample
+from .reference import (
+    carafe_downsample_naive,
+    carafe_downsample_softmax_naive,
+    carafe_naive,
+    carafe_upsample_naive,
+)
 from .testing import Case
 
 OPERATORS: dict[str, Callable[..., Tensor]] = {
@@ -24,6 +29,10 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "carafe_naive": carafe_naive,
     "carafe_upsample": carafe_upsample,
     "carafe_upsample_naive": carafe_upsample_naive,
+    "carafe_downsample": carafe_downsample,
+    "carafe_downsample_naive": carafe_downsample_naive,
+    "carafe_downsample_softmax": carafe_downsample_softmax,
+    "carafe_downsample_softmax_naive": carafe_downsample_softmax_naive,
 }
 
 
@@ -117,13 +126,13 @@ def main(argv: list[str] | None = None) -> int:
     print(f"CARAFE on {device}: kernel {args.kernel}, group {args.group}, scale {args.scale}")
     print(f"gradients checked in float64 on features {tuple(args.check_shape)}")
     print(f"times in {args.dtype} on features {tuple(args.shape)}\n")
-    print(f"{'operator':<24}{'gradients':>10}{'forward':>15}{'backward':>15}")
+    print(f"{'operator':<32}{'gradients':>10}{'forward':>15}{'backward':>15}")
     all_agree = True
     for name in OPERATORS:
         agree = gradients_agree(name, args)
         forward, backward = measure(name, args)
         verdict = "ok" if agree else "WRONG"
-        print(f"{name:<24}{verdict:>10}{forward:>12.2f} ms{backward:>12.2f} ms", flush=True)
+        print(f"{name:<32}{verdict:>10}{forward:>12.2f} ms{backward:>12.2f} ms", flush=True)
         all_agree &= agree
     return 0 if all_agree else 1
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from . import diagnosis, mmdet
 from .checkpoint import CarafeCheckpointer
-from .config import find_config_file
+from .config import find_config_file, is_inpainting
 from .errors import UserError
 from .files import write_file
+from .inpaint.data import InpaintMapper
 from .model_settings import ModelSettings
 
 if TYPE_CHECKING:  # they import Matplotlib, which not every program needs
@@ -60,6 +61,24 @@ def known_dataset(cfg: CfgNode) -> Metadata | None:
     return metadata
 
 
+class Inpainting(NamedTuple):
+    """What an inpainting model was given, what it made of that, and what is right.
+
+    All are RGB, (H, W, 3), uint8; the first is gray in the hole.
+    """
+
+    masked: np.ndarray
+    inpainted: np.ndarray
+    truth: np.ndarray
+
+    def picture(self, width: int | None = None) -> np.ndarray:
+        """The three side by side, each in its own size or of a width."""
+        height, own_width = self.truth.shape[:2]
+        width = width or own_width
+        size = (width, max(1, round(height * width / own_width)))
+        return contact_sheet([cv2.resize(image, size) for image in self], columns=3)
+
+
 class Predictor:
     """A trained model from images to predictions, with the resizing of the evaluation.
 
@@ -96,6 +115,7 @@ class Predictor:
                 f"the model tells {classes} classes apart and {self.metadata.name!r} has "
                 f"{len(names)}; set DATASETS.TEST to a dataset with the model's classes"
             )
+        self._mapper = InpaintMapper(cfg, is_train=False) if is_inpainting(cfg) else None
         self._format = cfg.INPUT.FORMAT
         self._resize = AugmentationList(detection_utils.build_augmentation(cfg, is_train=False))
 
@@ -107,8 +127,11 @@ class Predictor:
         return resized.image
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[np.ndarray]) -> list[Instances] | list[Tensor]:
-        """Detects objects in a batch of images, or tells the classes of their pixels.
+    def __call__(
+        self, images: Sequence[np.ndarray]
+    ) -> list[Instances] | list[Tensor] | list[Inpainting]:
+        """Detects objects in a batch of images, or tells the classes of their pixels, or fills
+        holes in them.
 
         A batch is padded to its largest image, which changes the others' scores a little.
 
@@ -117,14 +140,19 @@ class Predictor:
 
         Returns:
             For each, on the CPU and in the pixels of that image, the instances that the model
-            found; from a model without instances the number of the class of every pixel (H, W).
+            found; from a model without instances the number of the class of every pixel (H, W);
+            from an inpainting model what it fills into the holes that the evaluation would have.
 
         Raises:
-            UserError: the model puts out neither, the classes are not those of the metadata, or the
-                memory does not suffice.
+            UserError: the model puts out none of these, the classes are not those of the metadata,
+                or the memory does not suffice.
         """
         inputs = []
         for image in images:
+            if self._mapper:
+                image = detection_utils.convert_PIL_to_numpy(Image.fromarray(image), self._format)
+                inputs.append(self._mapper.prepare(image, "the image"))
+                continue
             height, width = image.shape[:2]
             resized = self.resize(image)
             tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
@@ -133,6 +161,8 @@ class Predictor:
             outputs = self.model(inputs)
         except torch.OutOfMemoryError as error:
             raise UserError(f"a batch of {len(images)} does not fit into the GPU") from error
+        if self._mapper:
+            return [self._inpainting(each, out) for each, out in zip(inputs, outputs, strict=True)]
         if "instances" in outputs[0]:
             return [output["instances"].to("cpu") for output in outputs]
         if "sem_seg" not in outputs[0]:
@@ -145,6 +175,15 @@ class Predictor:
                 f"{len(names)}; set DATASETS.TEST to a dataset with the model's classes"
             )
         return [score.argmax(dim=0).cpu() for score in scores]
+
+    def _inpainting(self, given: dict, output: dict) -> Inpainting:
+        def to_rgb(image: Tensor) -> np.ndarray:
+            pixels = image.round().byte().permute(1, 2, 0).cpu().numpy()
+            return np.ascontiguousarray(pixels[..., ::-1] if self._format == "BGR" else pixels)
+
+        truth = to_rgb(given["image"])
+        masked = np.where(given["mask"].numpy()[..., None], np.uint8(127), truth)
+        return Inpainting(masked, to_rgb(output["inpainted"]), truth)
 
 
 def draw_prediction(

@@ -7,9 +7,7 @@ from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
 
 from .config import upsampler_options, with_carafe_config
 from .errors import UserError
-from .upsample import build_upsampler
-
-UPSAMPLE_CHOICES = ("carafe", "deconv", "nearest", "bilinear")
+from .upsample import UPSAMPLERS, build_upsampler
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -62,7 +60,7 @@ class MaskRCNNCarafeUpsampleHead(MaskRCNNConvUpsampleHead):
         ret = super().from_config(cfg, input_shape)
         channels = [input_shape.channels, *ret["conv_dims"]][-2]
         ret["upsampler"] = upsampler_options(
-            cfg, "ROI_MASK_HEAD.UPSAMPLE", UPSAMPLE_CHOICES, channels
+            cfg, "ROI_MASK_HEAD.UPSAMPLE", list(UPSAMPLERS), channels
         )
         if ret["upsampler"]["name"] != "deconv" and ret["conv_dims"][-1] != channels:
             raise UserError(

@@ -15,9 +15,9 @@ from .errors import UserError
 
 # Keys that change what a model predicts, but neither the names nor the shapes of all its weights.
 _KEYS = re.compile(
-    r"INPUT\.FORMAT|MODEL\.(PIXEL_(MEAN|STD)|CARAFE\..*|ANCHOR_GENERATOR\..*|"
+    r"INPUT\.FORMAT|MODEL\.(PIXEL_(MEAN|STD)|CARAFE(_DOWNSAMPLE)?\..*|ANCHOR_GENERATOR\..*|"
     r"RESNETS\.(STRIDE_IN_1X1|RES5_DILATION)|FPN\.FUSE_TYPE|SEM_SEG_HEAD\.COMMON_STRIDE|"
-    r"\w+\.(\w*UPSAMPLE|IN_FEATURES|BBOX_REG_WEIGHTS|POOLER_TYPE|POOLER_RESOLUTION))"
+    r"\w+\.(\w*(UP|DOWN)SAMPLE|IN_FEATURES|BBOX_REG_WEIGHTS|POOLER_TYPE|POOLER_RESOLUTION))"
 )
 
 

@@ -1,4 +1,4 @@
-"""What :func:`~carafe_d2.replace_upsampling` does to modules as such.
+"""What :func:`~carafe_d2.replace_upsampling` and its like do to modules as such.
 
 What others have put on a module goes over to its replacement, each place gets a module of its own
 while calls are recorded, and an error leaves a model as it was.
@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 UPSAMPLING_MODULES = (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+POOLING_MODULES = (nn.MaxPool2d, nn.AvgPool2d)
 _CHILDREN = ("_parameters", "_buffers", "_modules")
 
 
 def _attached(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """What others put on an upsampling module, beside hooks: where it is kept, and its name."""
+    """What others put on a module to be replaced, beside hooks: where it is kept, and its name."""
     if isinstance(module, nn.ConvTranspose2d):
         plain = vars(nn.ConvTranspose2d(1, 1, 1, device="meta"))
+    elif isinstance(module, POOLING_MODULES):
+        plain = vars(type(module)(1))
     else:
         plain = vars(nn.Upsample())
     yield from (("", name) for name in vars(module) if name not in plain)
@@ -55,8 +58,10 @@ def inherit(new: nn.Module, old: nn.Module) -> None:
             hooks[number].module = weakref.ref(new)
 
 
-def give_each_place_its_own(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Puts a copy where upsampling modules stand, so that a call shows its place.
+def give_each_place_its_own(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...]
+) -> dict[nn.Module, nn.Module]:
+    """Puts a copy where modules of these classes stand, so that a call shows its place.
 
     Returns:
         The originals of the copies. A module with weights has the same copy in all its places.
@@ -64,7 +69,7 @@ def give_each_place_its_own(model: nn.Module) -> dict[nn.Module, nn.Module]:
     originals: dict[nn.Module, nn.Module] = {}
     shared: dict[nn.Module, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if name and type(module) in (*UPSAMPLING_MODULES, nn.ConvTranspose2d):
+        if name and type(module) in kinds:
             own = shared.get(module) or copy.copy(module)
             if isinstance(module, nn.ConvTranspose2d):
                 shared[module] = own

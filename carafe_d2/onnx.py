@@ -70,8 +70,9 @@ def to_onnx(program: torch.export.ExportedProgram, inline: bool = False):
 
 def _translation(operator: torch._ops.OpOverload) -> Callable:
     """What PyTorch's exporter calls to make a node of the operator."""
+    from onnx import TensorProto
     from onnx.defs import OpSchema
-    from onnxscript import values
+    from onnxscript import opset18, values
 
     name, kernels = operator._schema.name.split("::")[1], operator._schema.arguments[1].name
     dtypes = [f"tensor({dtype})" for dtype in ("float", "double", "float16", "bfloat16")]
@@ -87,47 +88,52 @@ def _translation(operator: torch._ops.OpOverload) -> Callable:
     make_node = values.Op(values.Opset(DOMAIN, 1), name, schema)
 
     def translate(features, kernels, kernel_size: int, group_size: int, scale_factor: int):
-        return make_node(
-            features,
-            kernels,
-            kernel_size=kernel_size,
-            group_size=group_size,
-            scale_factor=scale_factor,
-        )
+        sizes = dict(zip(_SIZES, (kernel_size, group_size, scale_factor), strict=True))
+        if (dtype := features.dtype) == kernels.dtype:
+            return make_node(features, kernels, **sizes)
+        # As the operator does with a half type beside another one, it computes in float32.
+        wide = [opset18.Cast(x, to=TensorProto.FLOAT) for x in (features, kernels)]
+        return opset18.Cast(make_node(*wide, **sizes), to=dtype)
 
     return translate
 
 
+# Of the masks or logits, what multiplies each tap: (N*group, k*k, s*s, rows, columns).
+_SOFTMAX = """
+        logits = Reshape <allowzero = 1> (kernel_logits, by_tap)
+        weights = Softmax <axis = 1> (logits)"""
 _WEIGHTS = {
     "carafe": """
         pixels = Concat <axis = 0> (ngkk, h, s, w, s)
         of_pixels = Reshape <allowzero = 1> (masks, pixels)
         of_taps = Transpose <perm = [0, 2, 4, 1, 3]> (of_pixels)
         weights = Reshape <allowzero = 1> (of_taps, by_tap)""",
-    "carafe_upsample": """
-        logits = Reshape <allowzero = 1> (kernel_logits, by_tap)
-        weights = Softmax <axis = 1> (logits)""",
+    "carafe_upsample": _SOFTMAX,
+    "carafe_downsample": """
+        weights = Reshape <allowzero = 1> (masks, by_tap)""",
+    "carafe_downsample_softmax": _SOFTMAX,
 }
 
 
-def _onnx_function(name: str, overload: str, opset: int, k: int, g: int, s: int):
+def _onnx_function(name: str, overload: str, opset: int, k: int, g: int, scale: int):
     """The definition in carafe_d2/reference.py, step by step, as a function of ONNX.
 
     Args:
-        name: "carafe" or "carafe_upsample".
+        name: of PyTorch's operator, e.g. "carafe".
         overload: tells the function from others of this name.
         opset: version of the standard operators.
-        k, g, s: kernel_size, group_size, scale_factor.
+        k, g, scale: kernel_size, group_size, scale_factor.
     """
     import onnx.parser
 
-    kernels = "masks" if name == "carafe" else "kernel_logits"
+    kernels = "kernel_logits" if _WEIGHTS[name] is _SOFTMAX else "masks"
+    s, stride = (1, scale) if "downsample" in name else (scale, 1)
     weights = ", ".join(f"weight{i}" for i in range(k * k))
     taps = "".join(
         f"""
         from{i} = Constant <value_ints = [{i // k}, {i % k}]> ()
         to{i} = Add (from{i}, size)
-        tap{i} = Slice (padded, from{i}, to{i}, last_axes)
+        tap{i} = Slice (padded, from{i}, to{i}, last_axes, strides)
         term{i} = Mul (weight{i}, tap{i})
         sum{i} = {f"Add (sum{i - 1}, term{i})" if i else "Identity (term0)"}"""
         for i in range(k * k)
@@ -139,6 +145,7 @@ def _onnx_function(name: str, overload: str, opset: int, k: int, g: int, s: int)
         n, c, h, w = Split <axis = 0, num_outputs = 4> (shape)
         size = Concat <axis = 0> (h, w)
         last_axes = Constant <value_ints = [3, 4]> ()
+        strides = Constant <value_ints = [{stride}, {stride}]> ()
         one = Constant <value_ints = [1]> ()
         g = Constant <value_ints = [{g}]> ()
         s = Constant <value_ints = [{s}]> ()
@@ -146,7 +153,10 @@ def _onnx_function(name: str, overload: str, opset: int, k: int, g: int, s: int)
         ss = Mul (s, s)
         ng = Mul (n, g)
         ngkk = Mul (ng, kk)
-        by_tap = Concat <axis = 0> (ng, kk, ss, h, w)
+        rounding = Sub (strides, one)
+        rounded = Add (size, rounding)
+        locations = Div (rounded, strides)
+        by_tap = Concat <axis = 0> (ng, kk, ss, locations)
         {_WEIGHTS[name]}
         {weights} = Split <axis = 1, num_outputs = {k * k}> (weights)
         border = Constant <value_ints = [0, 0, {k // 2}, {k // 2}, 0, 0, {k // 2}, {k // 2}]> ()
@@ -158,7 +168,7 @@ def _onnx_function(name: str, overload: str, opset: int, k: int, g: int, s: int)
         padded = Reshape <allowzero = 1> (wide, by_group)
         {taps}
         css = Mul (c, ss)
-        by_source = Concat <axis = 0> (n, css, h, w)
+        by_source = Concat <axis = 0> (n, css, locations)
         packed = Reshape <allowzero = 1> (sum{k * k - 1}, by_source)
         output = DepthToSpace <blocksize = {s}, mode = "CRD"> (packed)
     }}""")

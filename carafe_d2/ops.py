@@ -1,10 +1,11 @@
 """CARAFE, the compiled operator: loading, shapes, gradients and FLOPs.
 
-Two operators, each on CPU and CUDA, differentiable once in both tensors:
+Four operators, each on CPU and CUDA, differentiable once in both tensors:
 
 - `torch.ops.carafe_d2.carafe`: reassembly with masks that are given.
 - `torch.ops.carafe_d2.carafe_upsample`: pixel shuffle, softmax and reassembly in one pass, from
   what the content encoder puts out. Keeps only its two inputs for the backward.
+- `carafe_downsample` and `carafe_downsample_softmax`: the same two for fewer pixels (CARAFE++).
 
 Features and masks may differ in dtype among float32, float16 and bfloat16, so nothing has to be
 cast under autocast. The definition of both is in `carafe_d2.reference`; it runs in the operator's
@@ -24,15 +25,25 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .import_hooks import when_imported
 from .reference import (
+    carafe_downsample_naive,
+    carafe_downsample_softmax_naive,
     carafe_naive,
     carafe_upsample_naive,
     check_arguments,
     check_shape,
     check_tensor,
+    downsampled,
     require,
 )
 
-__all__ = ["DECOMPOSITIONS", "carafe", "carafe_upsample", "flop_count_ops"]
+__all__ = [
+    "DECOMPOSITIONS",
+    "carafe",
+    "carafe_downsample",
+    "carafe_downsample_softmax",
+    "carafe_upsample",
+    "flop_count_ops",
+]
 
 _LIBRARY = Path(__file__).with_name("_C.so")
 _HOW_TO_BUILD = (
@@ -58,6 +69,8 @@ _load_library()
 DECOMPOSITIONS: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {
     torch.ops.carafe_d2.carafe.default: carafe_naive,
     torch.ops.carafe_d2.carafe_upsample.default: carafe_upsample_naive,
+    torch.ops.carafe_d2.carafe_downsample.default: carafe_downsample_naive,
+    torch.ops.carafe_d2.carafe_downsample_softmax.default: carafe_downsample_softmax_naive,
 }
 """The operators in PyTorch's own, for :meth:`torch.export.ExportedProgram.run_decompositions`."""
 
@@ -129,6 +142,56 @@ def carafe_upsample(
     return _call(operator, features, kernel_logits, kernel_size, group_size, scale_factor)
 
 
+def carafe_downsample(
+    features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int
+) -> Tensor:
+    """Content-aware reassembly of fewer pixels (CARAFE++, arXiv 2012.04733).
+
+    Every output pixel (y, x) is a weighted sum of the k x k features around (y*s, x*s), with k =
+    `kernel_size`, s = `scale_factor` and weights of its own. Features outside the map are zero.
+
+    Args:
+        features: (N, C, H, W), as in `carafe`.
+        masks: (N, group_size*k*k, ceil(H/s), ceil(W/s)), the weights, with dtypes as in `carafe`.
+        kernel_size: k, odd.
+        group_size: number of groups of channels that share their weights; divides C.
+        scale_factor: s, at least 1.
+
+    Returns:
+        (N, C, ceil(H/s), ceil(W/s)), with dtype and memory format of `features`.
+
+    Raises:
+        RuntimeError: as in `carafe`.
+    """
+    operator = torch.ops.carafe_d2.carafe_downsample.default
+    return _call(operator, features, masks, kernel_size, group_size, scale_factor)
+
+
+def carafe_downsample_softmax(
+    features: Tensor, kernel_logits: Tensor, kernel_size: int, group_size: int, scale_factor: int
+) -> Tensor:
+    """Kernel normalization and reassembly of fewer pixels in one pass (CARAFE++).
+
+    The same as `carafe_downsample` with the masks `softmax(kernel_logits)`, the softmax over the
+    k*k taps of each group, but without ever storing these masks.
+
+    Args:
+        features: (N, C, H, W), as in `carafe`.
+        kernel_logits: (N, group_size*k*k, ceil(H/s), ceil(W/s)), what the content encoder puts out.
+        kernel_size: k, odd.
+        group_size: number of groups of channels that share their weights; divides C.
+        scale_factor: s, at least 1.
+
+    Returns:
+        (N, C, ceil(H/s), ceil(W/s)), with dtype and memory format of `features`.
+
+    Raises:
+        RuntimeError: as in `carafe`.
+    """
+    operator = torch.ops.carafe_d2.carafe_downsample_softmax.default
+    return _call(operator, features, kernel_logits, kernel_size, group_size, scale_factor)
+
+
 # ------------------------------------------------------------------------ shapes: fake kernels
 
 
@@ -143,7 +206,7 @@ def _empty_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=_memory_format(tensor))
 
 
-def _check_grad_output(grad_output: Tensor, features: Tensor, scale: int) -> None:
+def _check_grad_output(grad_output: Tensor, features: Tensor, size: tuple[int, ...]) -> None:
     check_tensor("grad_output", grad_output, features)
     require(
         grad_output.dtype == features.dtype,
@@ -152,18 +215,7 @@ def _check_grad_output(grad_output: Tensor, features: Tensor, scale: int) -> Non
             f"but got {grad_output.dtype}"
         ),
     )
-    n, c, h, w = features.shape
-    check_shape("grad_output", grad_output, (n, c, h * scale, w * scale))
-
-
-def _upsampled(features: Tensor, scale: int) -> Tensor:
-    n, c, h, w = features.shape
-    return torch.empty(
-        (n, c, h * scale, w * scale),
-        dtype=features.dtype,
-        device=features.device,
-        memory_format=_memory_format(features),
-    )
+    check_shape("grad_output", grad_output, size)
 
 
 # ---------------------------------------------------- registration with the parts of PyTorch
@@ -173,16 +225,31 @@ def _register(operator: str, kernels_name: str) -> None:
     """Registers fake kernels, autograd and FLOPs of one operator and its backward operator.
 
     Args:
-        operator: "carafe" or "carafe_upsample".
-        kernels_name: the operator's name for its second argument.
+        operator: its name.
+        kernels_name: its name for its second argument.
     """
     forward_op = getattr(torch.ops.carafe_d2, operator)
     backward_op = getattr(torch.ops.carafe_d2, f"{operator}_backward")
+    downsampling = "downsample" in operator
+
+    def output_size(features_shape, scale_factor):
+        n, c, h, w = features_shape
+        if downsampling:
+            return n, c, downsampled(h, scale_factor), downsampled(w, scale_factor)
+        return n, c, h * scale_factor, w * scale_factor
+
+    def check(features, kernels, *sizes):
+        check_arguments(features, kernels_name, kernels, *sizes, downsampling)
 
     @torch.library.register_fake(f"carafe_d2::{operator}")
     def forward_fake(features, kernels, kernel_size, group_size, scale_factor):
-        check_arguments(features, kernels_name, kernels, kernel_size, group_size, scale_factor)
-        return _upsampled(features, scale_factor)
+        check(features, kernels, kernel_size, group_size, scale_factor)
+        return torch.empty(
+            output_size(features.shape, scale_factor),
+            dtype=features.dtype,
+            device=features.device,
+            memory_format=_memory_format(features),
+        )
 
     @torch.library.register_fake(f"carafe_d2::{operator}_backward")
     def backward_fake(
@@ -195,8 +262,8 @@ def _register(operator: str, kernels_name: str) -> None:
         features_grad,
         kernels_grad,
     ):
-        check_arguments(features, kernels_name, kernels, kernel_size, group_size, scale_factor)
-        _check_grad_output(grad_output, features, scale_factor)
+        check(features, kernels, kernel_size, group_size, scale_factor)
+        _check_grad_output(grad_output, features, output_size(features.shape, scale_factor))
         return (
             _empty_like(features) if features_grad else features.new_empty(0),
             _empty_like(kernels) if kernels_grad else kernels.new_empty(0),
@@ -227,8 +294,7 @@ def _register(operator: str, kernels_name: str) -> None:
     # A multiplication and an addition per output value and tap, as PyTorch counts convolutions.
     # Normalizing the kernels is not counted, just as PyTorch does not count softmax.
     def reassembly_flops(features_shape, kernel_size, scale_factor):
-        n, c, h, w = features_shape
-        return 2 * n * c * h * w * scale_factor**2 * kernel_size**2
+        return 2 * math.prod(output_size(features_shape, scale_factor)) * kernel_size**2
 
     @register_flop_formula(forward_op)
     def forward_flops(features_shape, kernels_shape, kernel_size, group_size, scale_factor, **_):
@@ -252,6 +318,8 @@ def _register(operator: str, kernels_name: str) -> None:
 
 _register("carafe", "masks")
 _register("carafe_upsample", "kernel_logits")
+_register("carafe_downsample", "masks")
+_register("carafe_downsample_softmax", "kernel_logits")
 
 
 def _multiply_adds(inputs: list, outputs: list) -> int:
@@ -260,10 +328,7 @@ def _multiply_adds(inputs: list, outputs: list) -> int:
     return math.prod(outputs[0].type().sizes()) * kernel_size**2
 
 
-flop_count_ops = {
-    "carafe_d2::carafe": _multiply_adds,
-    "carafe_d2::carafe_upsample": _multiply_adds,
-}
+flop_count_ops = {operator.name(): _multiply_adds for operator in DECOMPOSITIONS}
 """For `fvcore.nn.FlopCountAnalysis(...).set_op_handle(**flop_count_ops)`.
 
 Needed only with an fvcore that lacks the table of defaults to which they are added here.

@@ -1,52 +1,54 @@
-"""Puts CARAFE in the place of the upsampling in any model: :func:`replace_upsampling`.
+"""Puts CARAFE in the place of the up- or downsampling in any model.
 
-Upsampling modules are swapped by name. A call of ``F.interpolate`` inside a forward pass is no
-module, so it is known by its place: the k-th that one run of its module, the *owner*, makes itself.
-The owner gets the CARAFEPacks as children, and forward hooks that put its forward pass under a
-``TorchFunctionMode`` that sends those calls to them. Nothing global is patched, every module keeps
-its class, and the model is saved, copied, trained, compiled and exported like any other. Nothing
-here needs Detectron2.
+:func:`replace_upsampling` and :func:`replace_downsampling` work by the same means, and a
+:class:`Direction` is what they do not share. Modules that resample are swapped by name. A call of
+``F.interpolate`` or ``F.max_pool2d`` inside a forward pass is no module, so it is known by its
+place: the k-th that one run of its module, the *owner*, makes itself. The owner gets the
+CARAFEPacks as children, and forward hooks that put its forward pass under a ``TorchFunctionMode``
+that sends those calls to them. Nothing global is patched, every module keeps its class, and the
+model is saved, copied, trained, compiled and exported like any other. Nothing here needs
+Detectron2.
 """
 
-import sys
-import threading
-import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import groupby
-from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch import fx, nn
 
-from .module_state import (
-    UPSAMPLING_MODULES,
-    all_or_nothing,
-    clash,
-    evaluating,
-    give_each_place_its_own,
-    inherit,
+from .directions import (
+    DOWNSAMPLING,
+    UPSAMPLING,
+    Call,
+    CARAFEConvTranspose2d,
+    CARAFEPool2d,
+    Direction,
+    Run,
+    odd_factor,
 )
-from .upsample import CARAFEPack, _check_sizes, check_options, xavier_init
+from .downsample import CARAFEDownsamplePack
+from .module_state import all_or_nothing, clash, evaluating, give_each_place_its_own, inherit
+from .redirect import Packs, Recorder, before_convolution
+from .upsample import KernelPrediction, check_options, check_sizes
 
-_MODES = ("nearest", "nearest-exact", "bilinear")
+__all__ = ["CARAFEConvTranspose2d", "CARAFEPool2d", "replace_downsampling", "replace_upsampling"]
+
 _MIN_CHANNELS = 4
 
 
 @dataclass(frozen=True)
 class UpsamplingSite:
-    """A place where a model upsamples.
+    """A place where a model upsamples, or downsamples.
 
     Attributes:
         name: of the module that stands there, or would; what ``include`` and ``exclude`` match.
         was: what upsampled there.
         channels: of the map that is upsampled; None if unknown.
-        scale: CARAFE's upsampling ratio; None if left alone.
+        scale: CARAFE's ratio; None if left alone.
         parameters: how many the replacement has more than what it replaced.
         reason: why the place was left alone; empty if it was not.
     """
@@ -66,6 +68,8 @@ class UpsamplingReport(list[UpsamplingSite]):
         left_alone: the other upsampling that it saw, each with the reason.
     """
 
+    kind, sign = "upsampling", "x"
+
     def __init__(self, sites: Sequence[UpsamplingSite]):
         super().__init__(site for site in sites if not site.reason)
         self.left_alone = [site for site in sites if site.reason]
@@ -73,14 +77,20 @@ class UpsamplingReport(list[UpsamplingSite]):
     def __str__(self) -> str:
         rows = [("replaced", "was", "channels", "factor", "parameters")]
         rows += [
-            (site.name, site.was, str(site.channels), f"x{site.scale}", f"{site.parameters:+,}")
+            (
+                site.name,
+                site.was,
+                str(site.channels),
+                f"{self.sign}{site.scale}",
+                f"{site.parameters:+,}",
+            )
             for site in self
         ]
         rows.append(("total", "", "", "", f"{sum(site.parameters for site in self):+,}"))
         table = _table(rows, right=(2, 3, 4)) if self else "nothing replaced"
         if self.left_alone:
             table += "\n\n" + _table([("left alone", "was", "because"), *self._left_alone_rows()])
-        return table if self or self.left_alone else "nothing replaced: no upsampling was seen"
+        return table if self or self.left_alone else f"nothing replaced: no {self.kind} was seen"
 
     def _left_alone_rows(self) -> Iterator[tuple[str, ...]]:
         """One row for all that a module does in the same way, e.g. for every box."""
@@ -89,6 +99,12 @@ class UpsamplingReport(list[UpsamplingSite]):
             name = f"{first.name} to {rest[-1].name.rpartition('.')[2]}" if rest else first.name
             alike = all(site.reason == first.reason for site in rest)
             yield name, first.was, first.reason if alike else f"{first.reason}; ..."
+
+
+class DownsamplingReport(UpsamplingReport):
+    """The same of :func:`replace_downsampling`."""
+
+    kind, sign = "downsampling", "/"
 
 
 def _table(rows: Sequence[tuple[str, ...]], right: Sequence[int] = ()) -> str:
@@ -171,293 +187,98 @@ def replace_upsampling(
         "compressed_channels": compressed_channels,
         "normalizer": normalizer,
     }
-    _check_sizes(max_scale=max_scale)
+    sites = _replace(UPSAMPLING, model, example_inputs, options, include, exclude, max_scale)
+    return UpsamplingReport(sites)
+
+
+def replace_downsampling(
+    model: nn.Module,
+    example_inputs,
+    *,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    max_scale: int = 2,
+    down_kernel: int = 5,
+    down_group: int = 1,
+    encoder_kernel: int = 3,
+    encoder_dilation: int = 1,
+    compressed_channels: int = 16,
+    normalizer: str = "softmax",
+) -> DownsamplingReport:
+    """Puts CARAFE, freshly initialized, in the place of a model's downsampling, as CARAFE++ does.
+
+    Replaced are max and average pooling and the strides of ``nn.Conv2d``, where the factor is the
+    same integer from 2 to ``max_scale`` in both directions. Means, report, ``include`` and
+    ``exclude``, and what is said of hooks, errors and a second call, are those of
+    :func:`replace_upsampling`.
+
+    - ``nn.MaxPool2d`` and ``nn.AvgPool2d`` become a :class:`CARAFEPool2d` of the same name.
+    - ``nn.Conv2d`` with a stride stays where it is, with its weights and a stride of 1, and gets a
+      :class:`CARAFEDownsamplePack` named ``carafe_downsample``, which its input goes through first.
+      Its padding has to be half its kernel. Checkpoints of the strided model load, but for what
+      they lack.
+    - The k-th ``F.max_pool2d`` or ``F.avg_pool2d`` of a module named ``stem`` becomes a
+      :class:`CARAFEDownsamplePack` named ``stem.carafe_downsample.k``. So does a pooling module
+      that ``stem`` calls several times. Calls with a stride of 1 do not count.
+
+    Output pixel y is made from around input pixel y * factor. Where pooling leaves out what does
+    not fill its window, the last row and column of CARAFE's are cut off.
+
+    Args:
+        model, example_inputs, include, exclude: see :func:`replace_upsampling`.
+        max_scale: largest factor that is replaced.
+        down_kernel, down_group, encoder_kernel, encoder_dilation, compressed_channels, normalizer:
+            of every :class:`CARAFEDownsamplePack`.
+
+    Returns:
+        What was replaced, and as ``left_alone`` what was not, with the reasons.
+
+    Raises:
+        ValueError: an argument is out of its range, or the model distributed already.
+        RuntimeError: the model does not run on an example, as it is or with CARAFE.
+    """
+    options: dict[str, Any] = {
+        "down_kernel": down_kernel,
+        "down_group": down_group,
+        "encoder_kernel": encoder_kernel,
+        "encoder_dilation": encoder_dilation,
+        "compressed_channels": compressed_channels,
+        "normalizer": normalizer,
+    }
+    sites = _replace(DOWNSAMPLING, model, example_inputs, options, include, exclude, max_scale)
+    return DownsamplingReport(sites)
+
+
+def _replace(
+    direction: "Direction",
+    model: nn.Module,
+    examples,
+    options: dict[str, Any],
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+    max_scale: int,
+) -> list[UpsamplingSite]:
+    """What both functions do; returns all sites."""
+    check_sizes(max_scale=max_scale)
     check_options(**options)
-    examples = example_inputs
     if not isinstance(examples, list) or {type(example) for example in examples} != {tuple}:
         examples = [examples if isinstance(examples, tuple) else (examples,)]
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError("DistributedDataParallel would not synchronize new layers: wrap later")
     # The new layers are to be trained, even where the model is looked at in inference mode.
     with torch.inference_mode(False), all_or_nothing(model):
-        plan = _Plan(model, options, include, exclude, max_scale, give_each_place_its_own(model))
+        originals = give_each_place_its_own(model, direction.placed)
+        plan = _Plan(direction, model, options, include, exclude, max_scale, originals)
         runs = plan.record(examples)
-        plan.transposed_convolutions()
-        plan.upsampling_modules(runs)
-        plan.interpolations(runs)
+        if direction is UPSAMPLING:
+            plan.transposed_convolutions()
+        else:
+            plan.strided_convolutions()
+        plan.resampling_modules(runs)
+        plan.calls(runs)
         plan.carry_out()
         _check(model, examples, [site.name for site in plan.sites if not site.reason])
-    return UpsamplingReport(plan.sites)
-
-
-class CARAFEConvTranspose2d(nn.Module):
-    """Stands in for ``nn.ConvTranspose2d``: CARAFE, which keeps channels, then a 1x1 convolution.
-
-    Where the number of channels stays there is no convolution, as in the paper's mask head. CARAFE
-    comes first so that it predicts its kernels from all there is.
-
-    Args:
-        in_channels, out_channels: channels before and after.
-        scale_factor: upsampling ratio.
-        trim: rows and columns by which the output is smaller than ``scale_factor`` times the input.
-        bias: whether the 1x1 convolution has one.
-        **options: further arguments of :class:`CARAFEPack`.
-
-    Shapes:
-        (N, in_channels, H, W) gives (N, out_channels, scale_factor * H - trim[0],
-        scale_factor * W - trim[1]), or the ``output_size`` that is asked for.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        scale_factor: int,
-        trim: tuple[int, ...] = (0, 0),
-        bias: bool = True,
-        **options: Any,
-    ):
-        super().__init__()
-        self.trim = trim
-        self.upsample = CARAFEPack(in_channels, scale_factor, **options)
-        self.project: nn.Module = nn.Identity()
-        if in_channels != out_channels:
-            self.project = nn.Conv2d(in_channels, out_channels, kernel_size=1, bias=bias)
-            xavier_init(self.project, distribution="uniform")
-
-    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """
-        Args:
-            input: (N, in_channels, H, W).
-            output_size: height and width, or the whole shape, as of ``nn.ConvTranspose2d``.
-
-        Raises:
-            RuntimeError: the output size belongs to another factor.
-        """
-        upsampled = self.upsample(input)
-        if output_size is None:
-            output_size = [n - t for n, t in zip(upsampled.shape[-2:], self.trim, strict=True)]
-        return self.project(_crop(upsampled, output_size[-2:], self.upsample.scale_factor))
-
-    def extra_repr(self) -> str:
-        return f"trim={self.trim}" if any(self.trim) else ""
-
-
-def _crop(upsampled: Tensor, size: Sequence[int], scale: int) -> Tensor:
-    """Cuts what is too much off the end; input pixel y // scale stays the center of output y."""
-    height, width = upsampled.shape[-2:]
-    if not (height - scale < size[0] <= height and width - scale < size[1] <= width):
-        raise RuntimeError(
-            f"CARAFE in place of other upsampling was made for factor {scale}, but a map of "
-            f"{height // scale} x {width // scale} is to become {size[0]} x {size[1]}"
-        )
-    return upsampled[..., : size[0], : size[1]]
-
-
-# ------------------------------------------------------- F.interpolate at run time
-
-
-class _Packs(nn.ModuleDict):
-    """The CARAFEPacks of an owner, by the number of the call that they replace.
-
-    Attributes:
-        order: for every interpolation within a forward pass of the owner, those of modules further
-            in included that no other owner replaces, the key of its CARAFEPack or None.
-    """
-
-    def __init__(self, packs: dict[str, CARAFEPack], order: tuple[str | None, ...]):
-        super().__init__(packs)
-        self.order = order
-
-    def attach(self, owner: nn.Module) -> None:
-        """Makes this a child of ``owner`` and redirects the owner's interpolations to it."""
-        owner.carafe_upsample = self.train(owner.training)
-        # Kept because unpickling a handle reserves its number, so that no later hook overwrites it.
-        self.handles = [
-            owner.register_forward_pre_hook(_begin),
-            owner.register_forward_hook(_end, prepend=True, always_call=True),
-            owner.register_forward_hook(_check_count, prepend=True),  # so it runs before _end
-        ]
-
-
-class _Redirect(TorchFunctionMode):
-    """Sends the interpolations of one forward pass to CARAFEPacks."""
-
-    def __init__(self, packs: _Packs):
-        super().__init__()
-        self.packs = packs
-        self.count = 0
-        # Of the module's call: above this method and the hook.
-        self.frame = None if torch.compiler.is_compiling() else sys._getframe(2)
-
-    def is_abandoned(self) -> bool:
-        """Whether the forward pass has ended without its hooks, as KeyboardInterrupt ends it."""
-        if torch.compiler.is_compiling() or self.frame is None:
-            return False
-        return all(frame is not self.frame for frame, _ in traceback.walk_stack(sys._getframe()))
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is not F.interpolate or self.is_abandoned():
-            return func(*args, **kwargs)
-        order = self.packs.order
-        key = order[self.count] if self.count < len(order) else None
-        self.count += 1
-        if key is None:
-            return func(*args, **kwargs)  # an owner further out may have a CARAFEPack for it
-        return _interpolate(self.packs[key], *args, **kwargs)
-
-
-class _Thread(threading.local):
-    """The redirects that are in force in a thread, outermost first."""
-
-    def __init__(self) -> None:
-        self.redirects: list[_Redirect] = []
-
-    def current(self, owner: nn.Module) -> _Redirect | None:
-        """The redirect of the owner's running forward pass, without abandoned ones above it."""
-        while self.redirects and self.redirects[-1].is_abandoned():
-            self.pop()
-        if self.redirects and self.redirects[-1].packs is owner.carafe_upsample:
-            return self.redirects[-1]
-        return None  # another hook failed before the forward pass began
-
-    def pop(self) -> None:
-        self.redirects.pop().__exit__(None, None, None)
-
-
-_thread = _Thread()
-
-
-# Functions rather than methods: DataParallel's replicas share the hooks, but not the CARAFEPacks.
-def _begin(owner: nn.Module, _) -> None:
-    _thread.current(owner)
-    redirect = _Redirect(owner.carafe_upsample)  # type: ignore[arg-type]
-    redirect.__enter__()
-    _thread.redirects.append(redirect)
-
-
-def _check_count(owner: nn.Module, *_) -> None:
-    redirect = _thread.current(owner)
-    assert redirect is not None
-    expected = len(redirect.packs.order)
-    if redirect.count != expected:
-        raise RuntimeError(
-            f"{type(owner).__name__} interpolated {redirect.count} times, but {expected} times "
-            "with the example inputs of replace_upsampling, so its CARAFEPacks cannot be told "
-            "apart; exclude it there"
-        )
-
-
-def _end(owner: nn.Module, *_) -> None:
-    if _thread.current(owner):
-        _thread.pop()
-
-
-def _interpolate(pack: CARAFEPack, input: Tensor, size=None, scale_factor=None, *_, **__) -> Tensor:
-    """CARAFE with the arguments of ``F.interpolate``."""
-    scale = pack.scale_factor
-    if size is None:
-        rows, columns = _pair(scale_factor)
-        size = (int(input.shape[-2] * rows), int(input.shape[-1] * columns))
-    return _crop(pack(input), _pair(size), scale)
-
-
-def _pair(value) -> tuple:
-    return tuple(value) if isinstance(value, Sequence) else (value, value)
-
-
-# ----------------------------------------------------- what the example shows
-
-
-@dataclass(eq=False)
-class _Run:
-    """One run of a module's forward pass, with the interpolations in it and further in."""
-
-    module: nn.Module
-    depth: int
-    calls: list["_Call"] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class _Call:
-    """One call of ``F.interpolate``; ``runs`` are the forward passes it is in, outermost first."""
-
-    runs: tuple[_Run, ...]
-    input_shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    output_size: tuple[int, ...]
-    scale_factor: float | Sequence[float] | None
-    mode: str
-
-    @property
-    def channels(self) -> int:
-        return self.input_shape[1]
-
-    def factor(self) -> tuple[int, str]:
-        """The upsampling ratio and "", or 0 and why CARAFE cannot do the same."""
-        if len(self.input_shape) != 4:
-            return 0, f"its input has rank {len(self.input_shape)}, not 4"
-        if self.mode not in _MODES:
-            return 0, f"mode {self.mode}"
-        if not self.dtype.is_floating_point:
-            return 0, f"dtype {self.dtype}"
-        input_size = self.input_shape[2:]
-        if self.scale_factor is not None:
-            factors = _pair(self.scale_factor)
-        elif prod(input_size) == 1:
-            return 0, "its input is a single pixel with the example inputs"
-        else:
-            factors = tuple(map(_size_factor, input_size, self.output_size))
-        if factors[0] != factors[1] or factors[0] < 2 or factors[0] % 1:
-            return 0, _odd_factor(*factors)
-        return int(factors[0]), ""
-
-
-def _odd_factor(rows: float, columns: float) -> str:
-    return f"its factor, {rows:.3g} x {columns:.3g}, is not one integer above 1"
-
-
-def _size_factor(before: int, after: int) -> float:
-    """A pyramid's odd sizes count as doubled: 25 comes of 13, which a stride of 2 made of 25."""
-    return 2 if after == 2 * before - 1 > 1 else after / before
-
-
-def _call(
-    runs: Sequence[_Run], output, input, size=None, scale_factor=None, mode="nearest", *_, **__
-) -> _Call:
-    """The note of a call, from what it is in, what it returned and the arguments it had."""
-    # Autocast makes the input half, but CARAFE's parameters are to be like the others.
-    kind = input.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    dtype = torch.float32 if autocast else input.dtype
-    size_after = tuple(output.shape[2:])
-    return _Call(tuple(runs), input.shape, dtype, input.device, size_after, scale_factor, mode)
-
-
-class _Recorder(TorchFunctionMode):
-    """Notes every interpolation in the forward passes that are running."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.runs: list[_Run] = []
-        self.running: list[_Run] = []
-
-    def enter(self, module: nn.Module, _) -> None:
-        self.running.append(_Run(module, depth=len(self.running)))
-        self.runs.append(self.running[-1])
-
-    def leave(self, *_) -> None:
-        self.running.pop()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        output = func(*args, **(kwargs or {}))
-        if func is F.interpolate:
-            call = _call(self.running, output, *args, **(kwargs or {}))
-            for run in self.running:
-                run.calls.append(call)
-        return output
+    return plan.sites
 
 
 def _run_examples(model: nn.Module, examples: Sequence[tuple], how: str = "") -> None:
@@ -472,9 +293,6 @@ def _run_examples(model: nn.Module, examples: Sequence[tuple], how: str = "") ->
             ) from error
 
 
-# ------------------------------------------------------------- what is replaced
-
-
 def _transposed_factor(module: nn.ConvTranspose2d) -> tuple[int, tuple[int, ...], str]:
     """The upsampling ratio, the ``trim`` of CARAFE, and "" or why CARAFE cannot do the same."""
     scale = module.stride[0]
@@ -484,7 +302,7 @@ def _transposed_factor(module: nn.ConvTranspose2d) -> tuple[int, tuple[int, ...]
     if module._parameters.keys() != {"weight", "bias"}:
         return scale, trim, f"its parameters are {' and '.join(module._parameters)}"
     if module.stride != (scale, scale) or scale < 2:
-        return scale, trim, _odd_factor(*module.stride)
+        return scale, trim, odd_factor(*module.stride)
     if module.groups > 1 and module.in_channels != module.out_channels:
         return scale, trim, f"{module.groups} groups that change the number of channels"
     reach = (d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
@@ -498,14 +316,16 @@ def _transposed_factor(module: nn.ConvTranspose2d) -> tuple[int, tuple[int, ...]
     return scale, trim, ""
 
 
-def _is_owner(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "carafe_upsample", None), _Packs)
-
-
-def _earlier_owner(call: _Call) -> str:
-    """Says if the call is in a module whose calls have numbers already, which must not change."""
-    owner = next((run.module for run in call.runs if _is_owner(run.module)), None)
-    return f"within {type(owner).__name__}, which an earlier call has changed" if owner else ""
+def _strided_obstacle(module: nn.Conv2d) -> str:
+    """Why CARAFE cannot stand before a convolution in the place of its stride, or ""."""
+    scale = module.stride[0]
+    if module.stride != (scale, scale):
+        return odd_factor(*module.stride)
+    paddings = (0, 0) if module.padding == "valid" else module.padding
+    for p, k, d in zip(paddings, module.kernel_size, module.dilation, strict=True):
+        if 2 * p != d * (k - 1):  # type: ignore[operator]
+            return "its padding is not half its kernel"
+    return ""
 
 
 def _count(module: nn.Module) -> int:
@@ -516,6 +336,7 @@ def _count(module: nn.Module) -> int:
 class _Plan:
     """What is to be changed in one model."""
 
+    direction: Direction
     model: nn.Module
     options: dict[str, Any]
     include: Sequence[str] | None
@@ -525,16 +346,18 @@ class _Plan:
     sites: list[UpsamplingSite] = field(default_factory=list)
     _bypassed: set[nn.Module] = field(default_factory=set)  # originals that are called all the same
     _modules: dict[nn.Module, nn.Module] = field(default_factory=dict)  # what each is replaced by
-    _owners: dict[nn.Module, _Packs] = field(default_factory=dict)
+    _owners: dict[nn.Module, Packs] = field(default_factory=dict)
+    # What the input of each convolution that had a stride is to go through.
+    _convolutions: dict[nn.Conv2d, CARAFEDownsamplePack] = field(default_factory=dict)
     # Calls of modules that have a site of their own.
-    _planned: set[_Call] = field(default_factory=set)
-    _replaced: set[_Call] = field(default_factory=set)
+    _planned: set[Call] = field(default_factory=set)
+    _replaced: set[Call] = field(default_factory=set)
     # Their calls count as those of their callers.
     _see_through: set[nn.Module] = field(default_factory=set)
 
-    def record(self, examples: Sequence[tuple]) -> list[_Run]:
+    def record(self, examples: Sequence[tuple]) -> list[Run]:
         """Runs the examples; returns the runs of all modules."""
-        recorder = _Recorder()
+        recorder = Recorder(self.direction)
         with evaluating(self.model) as undo, recorder:
             for module in self.model.modules():
                 if isinstance(module, torch.jit.ScriptModule):
@@ -552,7 +375,7 @@ class _Plan:
 
     def _objection(self, name: str, scale: int, channels: int) -> str:
         """Why a place that can have CARAFE is left alone all the same, or ""."""
-        up_group = self.options["up_group"]
+        group = self.options[self.direction.group]
         if any(fnmatchcase(name, pattern) for pattern in self.exclude):
             return "excluded"
         if self.include is not None and not any(fnmatchcase(name, p) for p in self.include):
@@ -561,27 +384,27 @@ class _Plan:
             return f"factor {scale} is above max_scale = {self.max_scale}"
         if channels < _MIN_CHANNELS:
             return f"its number of channels, {channels}, is that of an image or a mask"
-        if channels % up_group:
-            return f"up_group = {up_group} does not divide its {channels} channels"
+        if channels % group:
+            return f"{self.direction.group} = {group} does not divide its {channels} channels"
         return ""
 
     def _pack(
         self,
         name: str,
         was: str,
-        calls: Sequence[_Call],
+        calls: Sequence[Call],
         obstacle: str,
         module: nn.Module | None = None,
-    ) -> CARAFEPack | None:
+    ) -> KernelPrediction | None:
         """Enters the site of a place's calls; returns what is to replace it, if anything is."""
         call = calls[0]
-        scales, reasons = zip(*(call.factor() for call in calls), strict=True)
-        reason = next(filter(None, reasons), "")
+        scales = [call.scale for call in calls]
+        reason = next(filter(None, (call.obstacle for call in calls)), "")
         if len(set(scales)) > 1:
             reason = reason or f"its factor is {' or '.join(map(str, sorted(set(scales))))}"
         reason = reason or self._objection(name, scales[0], call.channels) or obstacle
         if not reason:
-            pack = CARAFEPack(call.channels, scales[0], **self.options)
+            pack = self.direction.pack(call, self.options, module)
             reason = clash(module, pack) if module else ""
         if reason:
             self.sites.append(UpsamplingSite(name, was, call.channels, reason=reason))
@@ -612,32 +435,62 @@ class _Plan:
             added = _count(new) - _count(module)
             self.sites.append(UpsamplingSite(name, was, before, scale, added))
 
-    def upsampling_modules(self, runs: list[_Run]) -> None:
+    def strided_convolutions(self) -> None:
+        packs = [m for m in self.model.modules() if isinstance(m, CARAFEDownsamplePack)]
+        encoders = {pack.content_encoder for pack in packs}
+        for name, module in self.model.named_modules():
+            if not isinstance(module, nn.Conv2d) or max(module.stride) == 1 or module in encoders:
+                continue
+            site = f"{name}.carafe_downsample" if name else "carafe_downsample"
+            was, channels = f"Conv2d to {module.out_channels}", module.in_channels
+            reason = _strided_obstacle(module)
+            reason = reason or self._objection(site, module.stride[0], channels)
+            if not reason and hasattr(module, "carafe_downsample"):
+                reason = f"{type(module).__name__} has a carafe_downsample of its own"
+            if reason:
+                self.sites.append(UpsamplingSite(site, was, channels, reason=reason))
+                continue
+            scale = module.stride[0]
+            pack = CARAFEDownsamplePack(channels, scale, **self.options)
+            self._convolutions[module] = pack.to(module.weight)
+            self.sites.append(UpsamplingSite(site, was, channels, scale, _count(pack)))
+
+    def resampling_modules(self, runs: list[Run]) -> None:
         """Modules that can be swapped: called for a factor, once in a run of their caller."""
         for name, module in self.model.named_modules():
-            if type(module) not in UPSAMPLING_MODULES:
+            if type(module) not in self.direction.modules:
                 continue
-            was = f"{type(module).__name__} {module.mode}"
+            was, reason = self.direction.module_kind(module)
             calls = [call for run in runs if run.module is module for call in run.calls]
             callers = {call.runs[-2:-1] for call in calls}
+            if not was:
+                continue
             if not calls:
-                reason = "not reached with the example inputs"
+                reason = reason or "not reached with the example inputs"
                 self.sites.append(UpsamplingSite(name, was, reason=reason))
             elif len(callers) < len(calls) or len({call.channels for call in calls}) > 1:
                 self._see_through.add(module)
-            elif name and module.size is None:
+            elif name and getattr(module, "size", None) is None:
                 self._planned.update(calls)
-                if pack := self._pack(name, was, calls, _earlier_owner(calls[0]), module):
+                if pack := self._pack(name, was, calls, self._earlier_owner(calls[0]), module):
                     self._modules[module] = pack
                     self._replaced.update(calls)
 
-    def _run_of_owner(self, call: _Call) -> _Run:
+    def _is_owner(self, module: nn.Module) -> bool:
+        return isinstance(getattr(module, self.direction.child, None), Packs)
+
+    def _earlier_owner(self, call: Call) -> str:
+        """Says if the call is in a module whose calls have numbers already, which have to stay."""
+        owner = next((run.module for run in call.runs if self._is_owner(run.module)), None)
+        return f"within {type(owner).__name__}, which an earlier call has changed" if owner else ""
+
+    def _run_of_owner(self, call: Call) -> Run:
         runs = call.runs
         return runs[-2] if runs[-1].module in self._see_through and len(runs) > 1 else runs[-1]
 
-    def interpolations(self, runs: list[_Run]) -> None:
+    def calls(self, runs: list[Run]) -> None:
         """All other calls, by the modules that make them."""
-        runs_of_module: dict[nn.Module, list[_Run]] = {}
+        runs_of_module: dict[nn.Module, list[Run]] = {}
         # What owners further in replace never comes to those further out.
         for run in sorted(runs, key=lambda run: run.depth, reverse=True):
             runs_of_module.setdefault(run.module, []).append(run)
@@ -647,27 +500,27 @@ class _Plan:
                 for run in its_runs
             ]
             if any(own_calls):
-                self._interpolations_of(owner, its_runs, own_calls)
+                self._calls_of(owner, its_runs, own_calls)
 
-    def _interpolations_of(
-        self, owner: nn.Module, runs: list[_Run], own_calls: list[list[_Call]]
-    ) -> None:
+    def _calls_of(self, owner: nn.Module, runs: list[Run], own_calls: list[list[Call]]) -> None:
         name = next(n for n, module in self.model.named_modules() if module is owner)
-        prefix = f"{name}.carafe_upsample" if name else "carafe_upsample"
+        child = self.direction.child
+        prefix = f"{name}.{child}" if name else child
         numbers = {call: str(k) for calls in own_calls for k, call in enumerate(calls)}
         # Whether every run of the owner makes the same calls, and in the same order among others.
-        kinds = {tuple((call.channels, call.mode) for call in calls) for calls in own_calls}
+        kinds = {tuple((call.channels, call.was) for call in calls) for calls in own_calls}
         orders = {
             tuple(numbers.get(call) for call in run.calls if call not in self._replaced)
             for run in runs
         }
         reason = ""
-        if _is_owner(owner):
+        if self._is_owner(owner):
             reason = "an earlier call has given the module's calls their numbers"
         elif len(kinds) > 1 or len(orders) > 1:
             reason = "its calls differ from one run of the module to another"
         if reason:
-            self.sites.append(UpsamplingSite(f"{prefix}.*", "F.interpolate", reason=reason))
+            was = next(call for calls in own_calls for call in calls).was.split()[0]
+            self.sites.append(UpsamplingSite(f"{prefix}.*", was, reason=reason))
             return
 
         unfit = ""
@@ -675,17 +528,17 @@ class _Plan:
             unfit = f"{type(owner).__name__} would run a CARAFEPack as one of its layers"
         elif isinstance(owner, fx.GraphModule):
             unfit = "a GraphModule loses its forward hooks when it is copied"
-        elif hasattr(owner, "carafe_upsample"):
-            unfit = f"{type(owner).__name__} has a carafe_upsample of its own"
+        elif hasattr(owner, child):
+            unfit = f"{type(owner).__name__} has a {child} of its own"
         packs = {}
         for key, calls in enumerate(zip(*own_calls, strict=True)):
-            site, was = f"{prefix}.{key}", f"F.interpolate {calls[0].mode}"
-            if pack := self._pack(site, was, calls, _earlier_owner(calls[0]) or unfit):
+            obstacle = self._earlier_owner(calls[0]) or unfit
+            if pack := self._pack(f"{prefix}.{key}", calls[0].was, calls, obstacle):
                 packs[str(key)] = pack
         if packs:
             (order,) = orders
             order = tuple(key if key in packs else None for key in order)
-            self._owners[owner] = _Packs(packs, order)
+            self._owners[owner] = Packs(child, packs, order)
             self._replaced.update(call for call, key in numbers.items() if key in packs)
 
     def carry_out(self) -> None:
@@ -697,6 +550,12 @@ class _Plan:
                 self.model.set_submodule(name, new or original)
         for owner, packs in self._owners.items():
             packs.attach(self.originals.get(owner, owner))
+        for conv, pack in self._convolutions.items():
+            conv.carafe_downsample = pack.train(conv.training)
+            conv.stride = (1, 1)
+            # Kept for the reason that Packs.attach has.
+            handle = conv.register_forward_pre_hook(before_convolution, with_kwargs=True)
+            vars(pack)["handle"] = handle
 
 
 def _check(model: nn.Module, examples: Sequence[tuple], names: list[str]) -> None:

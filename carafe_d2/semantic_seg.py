@@ -2,11 +2,11 @@
 
 from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, SEM_SEG_HEADS_REGISTRY, build_resnet_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, SEM_SEG_HEADS_REGISTRY
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from torch import nn
 
-from . import fpn  # no name of it: fpn itself may be what is being imported
+from . import fpn, resnet  # no names: either may be what is being imported
 from .config import upsampler_options, with_carafe_config
 from .upsample import UPSAMPLERS, build_upsampler
 
@@ -72,4 +72,5 @@ def build_resnet_carafe_semantic_fpn_backbone(cfg, input_shape: ShapeSpec) -> "f
         cfg: a Detectron2 config; keys of ``add_carafe_config`` that it lacks take their defaults.
         input_shape: channels of the images.
     """
-    return fpn.CarafeFPN(cfg, build_resnet_backbone(cfg, input_shape), num_extra_levels=0)
+    bottom_up = resnet.build_resnet_carafe_backbone(cfg, input_shape)
+    return fpn.CarafeFPN(cfg, bottom_up, num_extra_levels=0)

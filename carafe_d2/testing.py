@@ -49,13 +49,15 @@ class Case:
         """Random features, and masks or logits, whichever the operator takes; the same each time.
 
         Args:
-            operator: ``carafe`` or ``carafe_upsample``, compiled or in plain PyTorch, or its name.
+            operator: one of ``carafe_d2.ops``, compiled or in plain PyTorch, or its name.
             device: where the tensors are to be.
         """
         n, _, h, w = self.shape
         taps = self.group * self.kernel**2
         name = operator if isinstance(operator, str) else operator.__name__
-        if name.startswith("carafe_upsample"):
+        if name.startswith("carafe_downsample"):
+            kernels_shape = (n, taps, -(-h // self.scale), -(-w // self.scale))
+        elif name.startswith("carafe_upsample"):
             kernels_shape = (n, taps * self.scale**2, h, w)
         else:
             kernels_shape = (n, taps, h * self.scale, w * self.scale)
@@ -144,7 +146,7 @@ def check_operator(
 
 
 def backward_of(operator: Callable[..., Tensor]):
-    """The operator that computes the gradients of ``carafe`` or ``carafe_upsample``."""
+    """The operator that computes the gradients of one of ``carafe_d2.ops``."""
     return getattr(torch.ops.carafe_d2, f"{operator.__name__}_backward")
 
 

@@ -16,7 +16,7 @@ from .ops import carafe, carafe_upsample
 from .reference import carafe_naive
 
 
-def _check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, Integral) or size < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
@@ -103,20 +103,103 @@ NORMALIZERS = ("softmax", "sigmoid", "normalized_sigmoid", "none")
 
 
 def check_options(normalizer: str, compressed_channels: int, **sizes: int) -> None:
-    """Checks the arguments of :class:`CARAFEPack` that do not depend on the map.
+    """Checks the arguments of :class:`CARAFEPack` and its like that do not depend on the map.
 
     Raises:
         ValueError: one is out of its range; the message names it.
     """
-    _check_sizes(**sizes)
+    check_sizes(**sizes)
     if compressed_channels != 0:
-        _check_sizes(compressed_channels=compressed_channels)
+        check_sizes(compressed_channels=compressed_channels)
     if normalizer not in NORMALIZERS:
         names = ", ".join(NORMALIZERS)
         raise ValueError(f"normalizer must be one of {names}, got {normalizer!r}")
 
 
-class CARAFEPack(nn.Module):
+class KernelPrediction(nn.Module):
+    """The kernel prediction module (paper, section 3.2), which up- and downsampling share.
+
+    A 1x1 convolution ``channel_compressor``, and a convolution ``content_encoder`` whose output
+    the normalizer makes kernels of.
+
+    Args:
+        channels: of the input.
+        kernel, group: side of the reassembly kernels, and how many each pixel has.
+        encoder_kernel, encoder_dilation, compressed_channels, normalizer: as in
+            :class:`CARAFEPack`.
+        scale: output pixels that a location of the encoder's output has along either axis.
+        stride: of the encoder.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel: int,
+        group: int,
+        encoder_kernel: int,
+        encoder_dilation: int,
+        compressed_channels: int,
+        normalizer: str,
+        scale: int = 1,
+        stride: int = 1,
+    ):
+        super().__init__()
+        self.channels = channels
+        self.encoder_kernel = encoder_kernel
+        self.encoder_dilation = encoder_dilation
+        self.compressed_channels = compressed_channels
+        self.normalizer = normalizer
+        self._kernel_shape = group, kernel**2
+        self._scale = scale
+
+        self.channel_compressor: nn.Module = nn.Identity()
+        if compressed_channels:
+            self.channel_compressor = nn.Conv2d(channels, compressed_channels, kernel_size=1)
+        self.content_encoder = nn.Conv2d(
+            compressed_channels or channels,
+            group * kernel**2 * scale**2,
+            kernel_size=encoder_kernel,
+            stride=stride,
+            padding=encoder_dilation * (encoder_kernel - 1) // 2,
+            dilation=encoder_dilation,
+        )
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initializes as published: the tiny encoder makes all kernels start as a plain mean."""
+        xavier_init(self.channel_compressor, distribution="uniform")
+        normal_init(self.content_encoder, std=0.001)
+
+    def predict(self, x: Tensor) -> tuple[bool, Tensor]:
+        """What the operators take: whether it is logits of a softmax, and these or the masks."""
+        logits = self.content_encoder(self.channel_compressor(x))
+        if self.normalizer in ("sigmoid", "none"):
+            return False, self.masks(logits)
+        if self.normalizer == "normalized_sigmoid":
+            logits = F.logsigmoid(logits)  # the softmax of these is what is asked for
+        return True, logits
+
+    def masks(self, logits: Tensor) -> Tensor:
+        """The kernels that an output of ``content_encoder`` stands for.
+
+        Args:
+            logits: (N, channels, H, W), the output.
+
+        Returns:
+            (N, channels / scale**2, scale * H, scale * W), as :func:`carafe_d2.carafe` or
+            :func:`carafe_d2.carafe_downsample` takes them; scale is one in downsampling.
+        """
+        masks = _pixel_shuffle(logits, self._scale)
+        if self.normalizer == "none":
+            return masks
+        if self.normalizer == "sigmoid":
+            return masks.sigmoid()
+        if self.normalizer == "normalized_sigmoid":
+            masks = F.logsigmoid(masks)
+        return masks.unflatten(1, self._kernel_shape).softmax(2).flatten(1, 2)
+
+
+class CARAFEPack(KernelPrediction):
     """The CARAFE upsampler: predicts a kernel for every output pixel and reassembles with it.
 
     Kernel prediction module (paper, section 3.2): a 1x1 convolution compresses the channels, a
@@ -156,8 +239,7 @@ class CARAFEPack(nn.Module):
         compressed_channels: int = 64,
         normalizer: str = "softmax",
     ):
-        super().__init__()
-        _check_sizes(channels=channels, scale_factor=scale_factor)
+        check_sizes(channels=channels, scale_factor=scale_factor)
         check_options(
             normalizer,
             compressed_channels,
@@ -168,59 +250,35 @@ class CARAFEPack(nn.Module):
         )
         if channels % up_group:
             raise ValueError(f"up_group must divide channels = {channels}, got {up_group}")
-        self.channels = channels
+        super().__init__(
+            channels,
+            up_kernel,
+            up_group,
+            encoder_kernel,
+            encoder_dilation,
+            compressed_channels,
+            normalizer,
+            scale=scale_factor,
+        )
         self.scale_factor = scale_factor
         self.up_kernel = up_kernel
         self.up_group = up_group
-        self.encoder_kernel = encoder_kernel
-        self.encoder_dilation = encoder_dilation
-        self.compressed_channels = compressed_channels
-        self.normalizer = normalizer
-
-        self.channel_compressor: nn.Module = nn.Identity()
-        if compressed_channels:
-            self.channel_compressor = nn.Conv2d(channels, compressed_channels, kernel_size=1)
-        self.content_encoder = nn.Conv2d(
-            compressed_channels or channels,
-            up_group * up_kernel**2 * scale_factor**2,
-            kernel_size=encoder_kernel,
-            padding=encoder_dilation * (encoder_kernel - 1) // 2,
-            dilation=encoder_dilation,
-        )
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Initializes as published: the tiny encoder makes all kernels start as a plain mean."""
-        xavier_init(self.channel_compressor, distribution="uniform")
-        normal_init(self.content_encoder, std=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.content_encoder(self.channel_compressor(x))
-        sizes = self.up_kernel, self.up_group, self.scale_factor
-        if self.normalizer in ("sigmoid", "none"):
-            return carafe(x, self.masks(logits), *sizes)
-        if self.normalizer == "normalized_sigmoid":
-            logits = F.logsigmoid(logits)  # the softmax of these is what is asked for
-        return carafe_upsample(x, logits, *sizes)
+        return self.reassemble(x, *self.predict(x))
 
-    def masks(self, logits: Tensor) -> Tensor:
-        """The kernels that an output of ``content_encoder`` stands for.
+    def reassemble(self, x: Tensor, fused: bool, kernels: Tensor) -> Tensor:
+        """Upsamples a map with kernels that may have been predicted from another one.
 
         Args:
-            logits: (N, up_group * up_kernel**2 * scale_factor**2, H, W).
+            x: (N, C, H, W); C need not be ``channels``, but a multiple of ``up_group``.
+            fused, kernels: what :meth:`predict` gives.
 
         Returns:
-            (N, up_group * up_kernel**2, scale_factor * H, scale_factor * W), as
-            :func:`carafe_d2.carafe` takes them.
+            (N, C, scale_factor * H, scale_factor * W).
         """
-        masks = _pixel_shuffle(logits, self.scale_factor)
-        if self.normalizer == "none":
-            return masks
-        if self.normalizer == "sigmoid":
-            return masks.sigmoid()
-        if self.normalizer == "normalized_sigmoid":
-            masks = F.logsigmoid(masks)
-        return masks.unflatten(1, (self.up_group, self.up_kernel**2)).softmax(2).flatten(1, 2)
+        operator = carafe_upsample if fused else carafe
+        return operator(x, kernels, self.up_kernel, self.up_group, self.scale_factor)
 
 
 def _pixel_shuffle(x: Tensor, scale: int) -> Tensor:
@@ -264,7 +322,7 @@ class LazyCARAFEPack(LazyModuleMixin, CARAFEPack):  # type: ignore[misc]
         compressed_channels: int = 64,
         normalizer: str = "softmax",
     ):
-        _check_sizes(up_group=up_group, compressed_channels=compressed_channels)
+        check_sizes(up_group=up_group, compressed_channels=compressed_channels)
         super().__init__(
             channels=up_group,  # any that fits
             scale_factor=scale_factor,
@@ -308,7 +366,7 @@ class PixelShufflePack(nn.Module):
 
     def __init__(self, channels: int, scale_factor: int, kernel_size: int = 3):
         super().__init__()
-        _check_sizes(channels=channels, scale_factor=scale_factor, kernel_size=kernel_size)
+        check_sizes(channels=channels, scale_factor=scale_factor, kernel_size=kernel_size)
         self.scale_factor = scale_factor
         self.upsample_conv = nn.Conv2d(
             channels, channels * scale_factor**2, kernel_size, padding=(kernel_size - 1) // 2
@@ -316,7 +374,7 @@ class PixelShufflePack(nn.Module):
         xavier_init(self.upsample_conv, distribution="uniform")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.upsample_conv(x), self.scale_factor)
+        return _pixel_shuffle(self.upsample_conv(x), self.scale_factor)
 
 
 def _deconv(channels: int, scale_factor: int, kernel_size: int = 3) -> nn.ConvTranspose2d:
@@ -365,5 +423,5 @@ def build_upsampler(name: str, channels: int, scale_factor: int = 2, **options: 
     """
     if name not in UPSAMPLERS:
         raise ValueError(f"upsampler must be one of {', '.join(UPSAMPLERS)}, got {name!r}")
-    _check_sizes(channels=channels, scale_factor=scale_factor)
+    check_sizes(channels=channels, scale_factor=scale_factor)
     return UPSAMPLERS[name](channels, scale_factor, **options)

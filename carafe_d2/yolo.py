@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .ops import carafe_upsample
-from .upsample import _check_sizes
+from .upsample import check_sizes
 
 
 def _conv(c1: int, c2: int, kernel_size: int, act: nn.Module) -> nn.Sequential:
@@ -46,7 +46,7 @@ class BatchNormCARAFE(nn.Module):
 
     def __init__(self, c: int, k_enc: int = 3, k_up: int = 5, c_mid: int = 64, scale: int = 2):
         super().__init__()
-        _check_sizes(c=c, k_enc=k_enc, k_up=k_up, c_mid=c_mid, scale=scale)
+        check_sizes(c=c, k_enc=k_enc, k_up=k_up, c_mid=c_mid, scale=scale)
         self.scale = scale
         self.comp = _conv(c, c_mid, 1, nn.SiLU())
         self.enc: Any = _conv(c_mid, (scale * k_up) ** 2, k_enc, nn.Identity())
@@ -79,8 +79,8 @@ class ProjectedCARAFE(nn.Module):
 
     def __init__(self, c1: int, c2: int, kernel_size: int = 3, up_factor: int = 2):
         super().__init__()
-        _check_sizes(c1=c1, c2=c2, kernel_size=kernel_size, up_factor=up_factor)
-        _check_sizes(**{"a quarter of c1": c1 // 4})
+        check_sizes(c1=c1, c2=c2, kernel_size=kernel_size, up_factor=up_factor)
+        check_sizes(**{"a quarter of c1": c1 // 4})
         self.kernel_size = kernel_size
         self.up_factor = up_factor
         self.down = nn.Conv2d(c1, c1 // 4, 1)

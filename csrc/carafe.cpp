@@ -3,6 +3,7 @@
 // carafe_d2/ops.py.
 #include "carafe.h"
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
@@ -99,35 +100,52 @@ int64_t product(std::initializer_list<int64_t> factors) {
   return result;
 }
 
-// The two operators differ in how the weights are stored.
-enum class Operator { kCarafe, kCarafeUpsample };
+enum class Operator { kCarafe, kCarafeUpsample, kCarafeDownsample, kCarafeDownsampleSoftmax };
+
+// Whether the weights are logits, in the order of the content encoder, rather than masks.
+constexpr bool is_fused(Operator op) {
+  return op == Operator::kCarafeUpsample || op == Operator::kCarafeDownsampleSoftmax;
+}
+
+constexpr bool is_downsampling(Operator op) {
+  return op == Operator::kCarafeDownsample || op == Operator::kCarafeDownsampleSoftmax;
+}
+
+const char* axes_of_weights(Operator op) {
+  if (is_downsampling(op)) return "(N, group_size*k*k, ceil(H/s), ceil(W/s))";
+  return is_fused(op) ? "(N, group_size*k*k*s*s, H, W)" : "(N, group_size*k*k, s*H, s*W)";
+}
 
 Shape check_arguments(Operator op, const Tensor& features, const Tensor& weights,
                       int64_t kernel_size, int64_t group_size, int64_t scale_factor) {
-  const bool fused = op == Operator::kCarafeUpsample;
-  const char* name = fused ? "kernel_logits" : "masks";
+  const char* name = is_fused(op) ? "kernel_logits" : "masks";
   check(kernel_size > 0 && kernel_size % 2 == 1,
         "kernel_size: expected a positive odd number, but got ", kernel_size);
   check(scale_factor >= 1, "scale_factor: expected at least 1, but got ", scale_factor);
   check(group_size >= 1, "group_size: expected at least 1, but got ", group_size);
   check_tensor("features", "(N, C, H, W)", features);
-  check_tensor(name, fused ? "(N, group_size*k*k*s*s, H, W)" : "(N, group_size*k*k, s*H, s*W)",
-               weights);
+  check_tensor(name, axes_of_weights(op), weights);
   check_same_device(name, weights, features);
   const bool is_double = features.scalar_type() == ScalarType::Double;
   check(is_double == (weights.scalar_type() == ScalarType::Double), name, ": expected dtype ",
         is_double ? "float64" : "float32, float16 or bfloat16", " with features of ",
         features.scalar_type(), ", but got ", weights.scalar_type());
-  const Shape shape{
-      features.size(0), features.size(1), features.size(2), features.size(3),
-      kernel_size,      group_size,       scale_factor,     is_channels_last(features)};
+  Shape shape{features.size(0), features.size(1), features.size(2),
+              features.size(3), kernel_size,      group_size,
+              scale_factor,     /*stride=*/1,     is_channels_last(features)};
+  if (is_downsampling(op)) {
+    // There is one location at a stride of the whole map or more; so no product of it overflows.
+    shape.stride = std::min(scale_factor, std::max<int64_t>({1, shape.height, shape.width}));
+    shape.scale = 1;
+  }
   check(shape.channels % group_size == 0, "group_size: expected a divisor of the ", shape.channels,
         " channels of features, but got ", group_size);
 
-  const int64_t channel_scale = fused ? scale_factor : 1, map_scale = fused ? 1 : scale_factor;
+  const int64_t channel_scale = is_fused(op) ? shape.scale : 1;
+  const int64_t map_scale = is_fused(op) ? 1 : shape.scale;
   const int64_t expected[] = {
       shape.batch, product({group_size, kernel_size, kernel_size, channel_scale, channel_scale}),
-      product({shape.height, map_scale}), product({shape.width, map_scale})};
+      product({shape.rows(), map_scale}), product({shape.columns(), map_scale})};
   const Sizes expected_sizes(expected, 4);
   check(weights.sizes().equals(expected_sizes), name, ": expected shape ", expected_sizes,
         " for features of shape ", features.sizes(), " with kernel_size ", kernel_size,
@@ -137,12 +155,12 @@ Shape check_arguments(Operator op, const Tensor& features, const Tensor& weights
 }
 
 void check_grad_output(const Shape& shape, const Tensor& grad_output, const Tensor& features) {
-  check_tensor("grad_output", "(N, C, s*H, s*W)", grad_output);
+  check_tensor("grad_output", "like the output", grad_output);
   check_same_device("grad_output", grad_output, features);
   check(grad_output.scalar_type() == features.scalar_type(), "grad_output: expected dtype ",
         features.scalar_type(), " as features have, but got ", grad_output.scalar_type());
-  const int64_t expected[] = {shape.batch, shape.channels, shape.height * shape.scale,
-                              shape.width * shape.scale};
+  const int64_t expected[] = {shape.batch, shape.channels, shape.rows() * shape.scale,
+                              shape.columns() * shape.scale};
   const Sizes expected_sizes(expected, 4);
   check(grad_output.sizes().equals(expected_sizes), "grad_output: expected shape ", expected_sizes,
         ", but got ", grad_output.sizes());
@@ -177,7 +195,7 @@ Weights weights_of(Operator op, const Shape& shape, const Tensor& tensor) {
   weights.data = map.data;
   weights.type = map.type;
   weights.batch_stride = map.batch_stride;
-  if (op == Operator::kCarafe) {
+  if (!is_fused(op)) {
     weights.tap_stride = map.channel_stride;
     weights.row_stride = shape.scale * map.row_stride;
     weights.sub_row_stride = map.row_stride;
@@ -226,8 +244,8 @@ Tensor forward(const Tensor& features, const Tensor& weights, int64_t kernel_siz
   const Shape shape = check_arguments(op, features, weights, kernel_size, group_size, scale_factor);
   const Backend& backend = backend_of(features);
   const CurrentDevice device(features);
-  const int64_t sizes[] = {shape.batch, shape.channels, shape.height * shape.scale,
-                           shape.width * shape.scale};
+  const int64_t sizes[] = {shape.batch, shape.channels, shape.rows() * shape.scale,
+                           shape.columns() * shape.scale};
   Tensor output = empty(Sizes(sizes, 4), features, shape.channels_last);
   if (output.numel() > 0) {
     const Tensor source = with_layout(features, shape.channels_last);
@@ -278,6 +296,20 @@ STABLE_TORCH_LIBRARY(carafe_d2, library) {
       "carafe_upsample_backward(Tensor grad_output, Tensor features, Tensor kernel_logits,"
       " int kernel_size, int group_size, int scale_factor, bool features_grad, bool logits_grad)"
       " -> (Tensor, Tensor)");
+  library.def(
+      "carafe_downsample(Tensor features, Tensor masks, int kernel_size, int group_size,"
+      " int scale_factor) -> Tensor");
+  library.def(
+      "carafe_downsample_backward(Tensor grad_output, Tensor features, Tensor masks,"
+      " int kernel_size, int group_size, int scale_factor, bool features_grad, bool masks_grad)"
+      " -> (Tensor, Tensor)");
+  library.def(
+      "carafe_downsample_softmax(Tensor features, Tensor kernel_logits, int kernel_size,"
+      " int group_size, int scale_factor) -> Tensor");
+  library.def(
+      "carafe_downsample_softmax_backward(Tensor grad_output, Tensor features,"
+      " Tensor kernel_logits, int kernel_size, int group_size, int scale_factor,"
+      " bool features_grad, bool logits_grad) -> (Tensor, Tensor)");
 }
 
 void implement(torch::stable::detail::StableLibrary& library) {
@@ -285,6 +317,12 @@ void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("carafe_backward", TORCH_BOX(&backward<Operator::kCarafe>));
   library.impl("carafe_upsample", TORCH_BOX(&forward<Operator::kCarafeUpsample>));
   library.impl("carafe_upsample_backward", TORCH_BOX(&backward<Operator::kCarafeUpsample>));
+  library.impl("carafe_downsample", TORCH_BOX(&forward<Operator::kCarafeDownsample>));
+  library.impl("carafe_downsample_backward", TORCH_BOX(&backward<Operator::kCarafeDownsample>));
+  library.impl("carafe_downsample_softmax",
+               TORCH_BOX(&forward<Operator::kCarafeDownsampleSoftmax>));
+  library.impl("carafe_downsample_softmax_backward",
+               TORCH_BOX(&backward<Operator::kCarafeDownsampleSoftmax>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(carafe_d2, CPU, library) { implement(library); }

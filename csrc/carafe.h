@@ -4,8 +4,10 @@
 // CARAFE paper (arXiv 1905.02188, section 3) and `carafe_d2/reference.py`:
 //
 //   k = kernel, r = (k - 1) / 2, s = scale, g = group, t = tap = (u + r) * k + (v + r)
-//   (h, w)             a source location, a pixel of the features
+//   (h, w)             a source location, around the pixel (h * stride, w * stride) of the features
 //   p = dy * s + dx    one of its s * s output pixels, at (h * s + dy, w * s + dx)
+//
+// Upsampling has a stride of 1, downsampling a scale of 1.
 #pragma once
 
 #include <cstdint>
@@ -22,8 +24,12 @@ enum class Type { kDouble, kFloat, kHalf, kBFloat16 };
 
 struct Shape {
   int64_t batch, channels, height, width;  // of the features
-  int64_t kernel, groups, scale;
+  int64_t kernel, groups, scale, stride;
   bool channels_last;  // layout of features, output and the gradients of either
+
+  // Of source locations.
+  CARAFE_HOST_DEVICE int64_t rows() const { return (height + stride - 1) / stride; }
+  CARAFE_HOST_DEVICE int64_t columns() const { return (width + stride - 1) / stride; }
 
   CARAFE_HOST_DEVICE int64_t radius() const { return (kernel - 1) / 2; }
   CARAFE_HOST_DEVICE int64_t taps() const { return kernel * kernel; }
@@ -39,10 +45,10 @@ struct Map {
 };
 
 // The weights of the taps (the paper's reassembly kernels; here, kernels are functions), one for
-// each (n, g, t, h, w, p). Masks (N, g*k*k, s*H, s*W) and the logits of the content encoder
-// (N, g*k*k*s*s, H, W) hold the same values in a different order, and in both the offset is linear
-// in these indices. So one struct of strides describes either of them, and `softmax` says whether
-// the values have to be normalized over the taps first.
+// each (n, g, t, h, w, p). With R x C locations, masks (N, g*k*k, s*R, s*C) and the logits of the
+// content encoder (N, g*k*k*s*s, R, C) hold the same values in a different order, and in both the
+// offset is linear in these indices. So one struct of strides describes either of them, and
+// `softmax` says whether the values have to be normalized over the taps first.
 struct Weights {
   void* data;
   Type type;

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Evaluates the published results on this machine and writes what it measures into docs/results.md.
 
-Each row of docs/results.json is a published result: a config, a checkpoint, if there is one, and
-its AP or mIoU. Every row
-whose data and checkpoint can be had is evaluated by train_net.py; of the others it says why not.
+Each row of docs/results.json is a result that was published, or a variant beside such: the config
+and the overrides that train it, a checkpoint, if there is one, and figures, so far as they are at
+hand. Every row whose data and checkpoint can be had is evaluated by train_net.py; of the others it
+says why not.
 
 Examples:
     python dev/reproduce.py
@@ -78,8 +79,18 @@ def evaluate(row: dict, weights: str, output_dir: Path, num_gpus: int) -> dict:
 
 def evaluation_command(row: dict, weights: str, *options: str) -> list[str]:
     """The arguments of Python that evaluate a row with the given weights."""
-    command = ["train_net.py", "--config-file", row["config"], *options, "--eval-only"]
-    return [*command, "MODEL.WEIGHTS", weights, *training_overrides(row), *row["overrides"]]
+    command = ["train_net.py", "--config-file", config_of(row), *options, "--eval-only"]
+    return [*command, "MODEL.WEIGHTS", weights, *overrides_of(row)]
+
+
+def config_of(row: dict) -> str:
+    """The config that evaluates a row, where that is another than the one that trains it."""
+    return row.get("config", row["training_config"])
+
+
+def overrides_of(row: dict) -> list[str]:
+    """Keys and values that make the row's model and its evaluation of its config."""
+    return [*training_overrides(row), *row.get("overrides", [])]
 
 
 # By the name of a task in Detectron2's log the metrics that count: their names there and here, and
@@ -88,14 +99,15 @@ METRICS = {
     "bbox": {"AP": ("box AP", 1)},
     "segm": {"AP": ("mask AP", 1)},
     "sem_seg": {"mIoU": ("mIoU", 2), "pACC": ("pixel accuracy", 2)},
+    "inpainting": {"PSNR": ("PSNR", 2), "L1": ("L1", 2)},
 }
 
 
 def metrics(log: str) -> dict:
-    """Reads metrics in percent and images per second and device from Detectron2's log.
+    """Reads metrics in percent or dB, and images per second and device, from Detectron2's log.
 
     Raises:
-        UserError: there is neither box AP nor mIoU in the log.
+        UserError: there is no box AP, mIoU or PSNR in the log.
     """
     found = {}
     for task, names in METRICS.items():
@@ -106,8 +118,11 @@ def metrics(log: str) -> dict:
             for theirs, (ours, _) in names.items():
                 if values[theirs] != "nan":
                     found[ours] = round(float(values[theirs]), 2)
-    if not found.keys() & {"box AP", "mIoU"}:
-        raise UserError("the evaluation found nothing, so there is no AP or mIoU")
+    if not found.keys() & {"box AP", "mIoU", "PSNR"}:
+        raise UserError(
+            "the evaluation found nothing, so there is no AP or mIoU; of test-dev, COCO's server "
+            "takes the coco_instances_results.json in the output folder"
+        )
     seconds = re.search(r"pure compute time: .* \(([\d.]+) s / iter per device", log)
     if seconds:
         found["images/s"] = round(1 / float(seconds[1]), 2)
@@ -131,7 +146,7 @@ def find_weights(row: dict, kind: str, folder: Path | None) -> str:
         if not (ROOT / path).is_file():
             raise UserError(f"{path} does not exist; {shlex.join(training_command(row))} writes it")
         return str(path)
-    address = row["checkpoint"]
+    address = row.get("checkpoint")
     if not address:
         raise UserError("no checkpoint was published; with --weights trained it can be measured")
     name = address.rpartition("/")[2]
@@ -159,59 +174,89 @@ def training_command(row: dict) -> list[str]:
 # --- the page -----------------------------------------------------------------------------------
 
 
+# By the name of a table its title, what tells its rows apart, and where the figures are from. The
+# one of MMDetection's checkpoints has columns of its own.
+_NOTES = "from notes on the CARAFE paper (arXiv 1905.02188)"
+_DEFAULT = "only the default's is at hand; MMDetection's page of 2019 gives it, too"
+TABLES = {
+    "test_dev": ("COCO test-dev", "CARAFE in", f"{_NOTES}."),
+    "placement": (
+        "Where CARAFE stands",
+        "CARAFE in",
+        f"{_NOTES}; MMDetection's page of 2019 gives the last, too.",
+    ),
+    "pyramid_upsampler": ("Upsamplers in the pyramid", "upsampler", f"{_NOTES}."),
+    "mask_head_upsampler": ("Upsamplers in the mask head", "upsampler", f"{_NOTES}."),
+    "kernels": (
+        "Sizes of the kernels",
+        "encoder, reassembly",
+        f"{_DEFAULT}.\nBy the notes the paper's go from 37.3 to 38.1; which is which is not known.",
+    ),
+    "compressor": ("Width of the compressor", "channels", f"{_DEFAULT}."),
+    "normalizer": ("Normalizers", "normalizer", f"{_DEFAULT}."),
+    "upernet": ("UPerNet on ADE20K", "CARAFE in", f"{_NOTES}."),
+    "inpainting": ("Inpainting on Places", "upsampler", f"{_NOTES}."),
+}
+
+
 def page_content(rows: list[dict]) -> str:
-    """Tables, origins of what was measured, and the commands."""
-    segmentation = [row for row in rows if "carafe_in" in row]
-    tables = [_detection_table([row for row in rows if "carafe_in" not in row])]
-    if segmentation:
-        tables.append(_segmentation_table(segmentation))
+    """Tables with the commands that train their rows, and the origins of what was measured."""
+    mmdetection = [row for row in rows if row["table"] == "mmdetection"]
+    blocks = [
+        "### MMDetection's checkpoints",
+        _mmdetection_table(mmdetection),
+        _training_commands(mmdetection),
+    ]
+    for table, (title, variant, source) in TABLES.items():
+        if of_table := [row for row in rows if row["table"] == table]:
+            blocks += [
+                f"### {title}",
+                f"Figures: {source}",
+                _paper_table(of_table, variant),
+                _training_commands(of_table),
+            ]
     origins = [
         f"- `{row['name']}`, {kind}: {result['devices']} x {result['machine']}, "
         f"Detectron2 {result['detectron2']}."
         for row in rows
-        for kind, result in row["measured"].items()
+        for kind, result in row.get("measured", {}).items()
         if result
     ]
-    commands = [
-        "# measure a row: prints the command of train_net.py and runs it",
-        f"python dev/reproduce.py --rows {rows[0]['name']}",
-        "# train the models; rows that share a checkpoint share a training",
-        *dict.fromkeys(shlex.join(training_command(row)) for row in rows),
-    ]
-    blocks = [
-        *tables,
-        "Where a cell is empty, nobody has measured it.",
-        *(["\n".join(["Measured on:", "", *origins])] if origins else []),
-        "\n".join(["```sh", *commands, "```"]),
-    ]
+    if origins:
+        blocks.append("\n".join(["Measured on:", "", *origins]))
     return "\n\n".join(blocks)
 
 
-def _detection_table(rows: list[dict]) -> str:
+def _training_commands(rows: list[dict]) -> str:
+    commands = dict.fromkeys(shlex.join(training_command(row)) for row in rows)
+    return "\n".join(["```sh", *commands, "```"])
+
+
+def _mmdetection_table(rows: list[dict]) -> str:
     header = ["row", "model", "year", "test proposals", "checkpoint", "published"]
     header += ["its checkpoint, measured here", "trained here"]
     cells = [
         [
             row["name"],
-            f"[{row['model']}](../{row['config']})",
+            f"[{row['model']}](../{config_of(row)})",
             *(str(row["year"]), str(row["proposals"]), f"[file]({row['checkpoint']})"),
             figures(row["published"]) or "none",
-            *(figures(row["measured"][kind]) for kind in WEIGHTS),
+            *(figures(row.get("measured", {}).get(kind)) for kind in WEIGHTS),
         ]
         for row in rows
     ]
     return format_table(header, cells, markdown=True, text_columns=len(header))
 
 
-def _segmentation_table(rows: list[dict]) -> str:
-    header = ["row", "model", "CARAFE in", "published", "trained here"]
+def _paper_table(rows: list[dict], variant: str) -> str:
+    header = ["row", "model", variant, "published", "trained here"]
     cells = [
         [
             row["name"],
-            f"[{row['model']}](../{row['config']})",
-            ", ".join(row["carafe_in"]) or "none",
+            f"[{row['model']}](../{config_of(row)})",
+            row["variant"],
             figures(row["published"]) or "not at hand",
-            figures(row["measured"]["trained"]),
+            figures(row.get("measured", {}).get("trained")),
         ]
         for row in rows
     ]
@@ -278,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in wanted:
         name = row["name"]
         try:
-            cfg = load_config(str(ROOT / row["config"]), row["overrides"])
+            cfg = load_config(str(ROOT / config_of(row)), overrides_of(row))
             check_datasets(cfg.DATASETS.TEST)
             weights = find_weights(row, args.weights, args.checkpoints)
             output_dir = (args.output / f"{name}_{args.weights}").absolute()
@@ -287,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             report.append(f"{name}: not measured: {error}")
             continue
         num_measured += 1
-        row["measured"][args.weights] = result
+        row.setdefault("measured", {})[args.weights] = result
         # After every row, so that nothing is lost when the next one is interrupted.
         write_file(args.results, json.dumps({"rows": rows}, indent=2, ensure_ascii=False) + "\n")
         block.write(page_content(rows))

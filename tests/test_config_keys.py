@@ -98,6 +98,7 @@ def test_keys_of_models_are_read_by_some_model():
             ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone", "MODEL.FPN.UPSAMPLE", "nearest"],
             ["MODEL.FPN.UPSAMPLE"],
         ),
+        (["MODEL.CARAFE_DOWNSAMPLE.DOWN_GROUP", "2"], ["MODEL.CARAFE_DOWNSAMPLE.DOWN_GROUP"]),
         (["SOLVER.GAMMA", "0.5"], ["SOLVER.GAMMA"]),
     ],
 )

@@ -1,7 +1,12 @@
-"""What PyTorch's tracers make of the upsampler: torch.compile, torch.export and ONNX."""
+"""What PyTorch's tracers make of up- and downsampler: compile, export, AOTInductor, ONNX."""
 
 import copy
 import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +14,21 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 from torch.export import Dim
 
-from carafe_d2 import CARAFE, CARAFEPack, add_carafe_config
+from carafe_d2 import (
+    CARAFE,
+    CARAFEDownsample,
+    CARAFEDownsamplePack,
+    CARAFEPack,
+    add_carafe_config,
+    carafe_upsample,
+    collect_env,
+)
 from carafe_d2.errors import UserError
+from carafe_d2.export import run_package, save_package
 from carafe_d2.onnx import to_onnx
 from carafe_d2.ops import DECOMPOSITIONS
+from carafe_d2.reference import downsampled
+from carafe_d2.upsample import KernelPrediction
 
 ANY_SIZE = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}  # batch, height and width
 
@@ -25,13 +41,20 @@ def seeded():
 def with_lively_kernels(model: torch.nn.Module) -> torch.nn.Module:
     """Fresh CARAFE kernels are all but uniform; these are not."""
     for module in model.modules():
-        if isinstance(module, CARAFEPack):
+        if isinstance(module, KernelPrediction):
             torch.nn.init.normal_(module.content_encoder.weight, std=0.3)
     return model.eval()
 
 
 def pack(**options) -> CARAFEPack:
     return with_lively_kernels(CARAFEPack(8, **{"scale_factor": 2, **options}))
+
+
+def down(**options) -> CARAFEDownsamplePack:
+    return with_lively_kernels(CARAFEDownsamplePack(8, **{"scale_factor": 2, **options}))
+
+
+BOTH = pytest.mark.parametrize("make", [pack, down])
 
 
 def pyramid(up_kernel: int) -> torch.nn.Module:
@@ -64,11 +87,12 @@ class SomeOf(torch.nn.Module):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_trains_compiled_without_recompiling(backend, device):
+@BOTH
+def test_trains_compiled_without_recompiling(make, backend, device):
     # Inductor of older versions compiles plain convolutions for one size, on CPUs.
     fixed_size = backend == "inductor" and torch.__version__ < "2.15"
     torch.compiler.reset()
-    eager = pack().to(device, torch.float64)
+    eager = make().to(device, torch.float64)
     module = copy.deepcopy(eager)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
     for stance, size in (("default", (2, 8, 6, 5)), ("fail_on_recompile", (3, 8, 4, 9))):
@@ -99,19 +123,22 @@ def test_compiles_with_a_batch_that_depends_on_data():
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_upsampler_exports_with_the_operator_as_one_node(strict):
-    model = pack()
+@BOTH
+def test_exports_with_the_operator_as_one_node(make, strict):
+    model = make()
     program = torch.export.export(
         model, (torch.randn(2, 8, 5, 6),), dynamic_shapes=(ANY_SIZE,), strict=strict
     )
     calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    assert calls[-1] is torch.ops.carafe_d2.carafe_upsample.default
+    assert calls[-1] in DECOMPOSITIONS
 
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
     loaded = torch.export.load(file).module()
-    for size in ((2, 8, 5, 6), (1, 8, 9, 4), (3, 8, 1, 1)):
+    sizes = (2, 8, 5, 6), (1, 8, 9, 4), (3, 8, 1, 1)
+    # PyTorch takes what a convolution with a stride puts out for larger than one pixel.
+    for size in sizes if make is pack else sizes[:2]:
         x = torch.randn(size)
         assert torch.equal(loaded(x), model(x))
 
@@ -142,13 +169,70 @@ def test_exports_with_a_batch_that_depends_on_data():
     [
         (pack(), [torch.randn(2, 8, 5, 6)]),
         (CARAFE(3, 2, 2).eval(), [torch.randn(2, 4, 5, 6), torch.randn(2, 18, 10, 12)]),
+        (down(down_kernel=3), [torch.randn(2, 8, 5, 6)]),
+        (CARAFEDownsample(3, 2, 2).eval(), [torch.randn(2, 4, 5, 6), torch.randn(2, 18, 3, 3)]),
     ],
-    ids=["fused", "plain"],
+    ids=["fused", "plain", "fused down", "plain down"],
 )
 def test_decompositions_replace_the_operator(model, inputs):
     program = torch.export.export(model, tuple(inputs)).run_decompositions(DECOMPOSITIONS)
     assert not {node.target for node in program.graph.nodes} & DECOMPOSITIONS.keys()
     torch.testing.assert_close(program.module()(*inputs), model(*inputs))
+
+
+# --------------------------------------------------------------------------------- AOTInductor
+
+
+class MaskHead(torch.nn.Module):
+    """Some layers on as many maps as are bright, and how many these are."""
+
+    def __init__(self):
+        super().__init__()
+        convs = [torch.nn.Conv2d(8, 8, 3, padding=1) for _ in range(2)]
+        self.layers = torch.nn.Sequential(*convs, pack(up_kernel=3))
+
+    def forward(self, x):
+        chosen = x[x.mean(dim=(1, 2, 3)) > 0]
+        return {"masks": self.layers(chosen), "number": torch.ones_like(chosen).sum() / 240}
+
+
+@pytest.mark.slow
+def test_package_runs_without_python(tmp_path):
+    """By the commands of docs/export.md. For such batches, stacked convolutions were wrong."""
+    root = Path(__file__).parents[1]
+    model, x = MaskHead().eval(), torch.randn(4, 8, 5, 6)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim.DYNAMIC},))
+        save_package(program, tmp_path / "model.pt2")
+        run = run_package(tmp_path / "model.pt2")
+        for images in (
+            x,
+            x.abs(),
+            -x.abs(),
+            torch.randn(5, 6, 7, 8).permute(0, 3, 1, 2)[..., :5, :6],
+        ):
+            torch.testing.assert_close(run(images), model(images))
+
+    (script,) = re.findall(r"```sh\n(torch=.*?)```", (root / "docs/export.md").read_text(), re.S)
+    (tmp_path / "docs").symlink_to(root / "docs")
+    (tmp_path / "carafe_d2").mkdir()
+    (tmp_path / "carafe_d2/_C.so").symlink_to(collect_env.LIBRARY)
+    torch.save(x, tmp_path / "image.pt")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(
+        ["sh", "-ec", script], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True
+    )
+    outputs = torch.load(tmp_path / "outputs.pt")
+    for output, expected in zip(outputs, model(x).values(), strict=True):
+        torch.testing.assert_close(output, expected)
+
+
+def test_package_without_a_compiler(tmp_path):
+    program = torch.export.export(torch.nn.ReLU(), (torch.randn(4, 5),))
+    message = r"^AOTInductor cannot compile it: [^\n]*C\+\+[^\n]*$"
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("no-compiler",)})
+    with no_compiler, pytest.raises(UserError, match=message):
+        save_package(program, tmp_path / "model.pt2")
 
 
 # ---------------------------------------------------------------------------------------- ONNX
@@ -199,6 +283,13 @@ def check_onnx(model, inputs, other_inputs=(), **options) -> None:
 def test_upsampler_in_onnx(options):
     others = [(torch.randn(1, 8, 9, 4),), (torch.randn(3, 8, 1, 1),)]
     check_onnx(pack(**options), (torch.randn(2, 8, 5, 6),), others, dynamic_shapes=(ANY_SIZE,))
+
+
+@pytest.mark.slow
+def test_downsampler_in_onnx():
+    model = down(down_kernel=3, down_group=2, scale_factor=3)
+    others = [(torch.randn(1, 8, 9, 4),), (torch.randn(3, 8, 1, 1),)]
+    check_onnx(model, (torch.randn(2, 8, 5, 6),), others, dynamic_shapes=(ANY_SIZE,))
 
 
 @pytest.mark.slow
@@ -263,17 +354,21 @@ def test_onnx_functions_for_runtimes_with_a_kernel_of_their_own():
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = torch.nn.Sequential(pack(up_kernel=3), pack(up_kernel=3), pack(up_kernel=1, up_group=2))
+    model = torch.nn.Sequential(
+        *(pack(up_kernel=3), pack(up_kernel=3), pack(up_kernel=1, up_group=2)),
+        down(scale_factor=3, down_kernel=3),
+    )
     program = torch.export.export(model, (torch.randn(2, 8, 5, 6),), dynamic_shapes=(ANY_SIZE,))
     file = to_onnx(program)
     nodes = [node for node in file.graph.node if node.domain == "carafe_d2"]
-    assert [node.op_type for node in nodes] == ["carafe_upsample"] * 3
+    names = ["carafe_upsample"] * 3 + ["carafe_downsample_softmax"]
+    assert [node.op_type for node in nodes] == names
     assert {a.name: a.i for a in nodes[2].attribute} == {
         "kernel_size": 1,
         "group_size": 2,
         "scale_factor": 2,
     }
-    assert len(file.functions) == 2
+    assert len(file.functions) == 3
     inlined = to_onnx(program, inline=True)
     assert not inlined.functions
     assert {node.domain for node in inlined.graph.node} == {""}
@@ -287,12 +382,16 @@ def test_onnx_functions_for_runtimes_with_a_kernel_of_their_own():
     onnx.checker.check_model(inlined, full_check=True)
 
 
+@pytest.mark.parametrize(
+    ("module", "size"), [(CARAFE, lambda side, s: side * s), (CARAFEDownsample, downsampled)]
+)
 @pytest.mark.parametrize(("kernel", "group", "scale"), [(3, 2, 2), (1, 1, 3), (5, 1, 1)])
-def test_onnx_function_of_the_plain_operator(kernel, group, scale):
+def test_onnx_function_of_the_plain_operator(kernel, group, scale, module, size):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = CARAFE(kernel, group, scale).eval()
-    inputs = torch.randn(2, 4, 5, 6), torch.randn(2, group * kernel**2, 5 * scale, 6 * scale)
+    model = module(kernel, group, scale).eval()
+    masks = torch.randn(2, group * kernel**2, size(5, scale), size(6, scale))
+    inputs = torch.randn(2, 4, 5, 6), masks
     session = onnxruntime.InferenceSession(
         to_onnx(torch.export.export(model, inputs)).SerializeToString()
     )
@@ -300,6 +399,25 @@ def test_onnx_function_of_the_plain_operator(kernel, group, scale):
     feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
     (output,) = session.run(None, feed)
     torch.testing.assert_close(torch.from_numpy(output), model(*inputs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "float16"), ("float16", "float32")])
+def test_onnx_function_of_mixed_precision(dtypes):
+    """As CARAFEPack under autocast makes it: features and logits differ in dtype."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+
+    class Mixed(torch.nn.Module):
+        def forward(self, features, logits):
+            return carafe_upsample(features, logits, 3, 1, 2)
+
+    shapes = (1, 4, 5, 6), (1, 36, 5, 6)
+    inputs = [torch.randn(s).to(getattr(torch, d)) for s, d in zip(shapes, dtypes, strict=True)]
+    file = to_onnx(torch.export.export(Mixed(), tuple(inputs)))
+    session = onnxruntime.InferenceSession(file.SerializeToString())
+    names = [argument.name for argument in session.get_inputs()]
+    (output,) = session.run(None, {n: t.numpy() for n, t in zip(names, inputs, strict=True)})
+    torch.testing.assert_close(torch.from_numpy(output), Mixed()(*inputs))
 
 
 def test_what_has_no_form_in_onnx_is_named():

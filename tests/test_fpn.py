@@ -7,7 +7,7 @@ from detectron2.modeling.backbone import FPN, Backbone
 from torch import nn
 from torch.nn import functional as F
 
-from carafe_d2 import CarafeFPN, add_carafe_config
+from carafe_d2 import CARAFEDownsamplePack, CarafeFPN, CarafePAFPN, add_carafe_config
 from carafe_d2.errors import UserError
 from carafe_d2.upsample import UPSAMPLERS
 
@@ -32,6 +32,11 @@ class PooledImage(Backbone):
 
 def build(**options):
     return CarafeFPN(PooledImage(), list(CHANNELS), 12, **options)
+
+
+def forward_conv(layer, x, stride=1):
+    padding = layer.kernel_size[0] // 2
+    return F.conv2d(x, layer.weight, layer.bias, stride=stride, padding=padding)
 
 
 def published_pyramid(fpn: CarafeFPN, x: torch.Tensor) -> list[torch.Tensor]:
@@ -90,6 +95,42 @@ def test_initialization_is_xavier_uniform_with_zero_biases():
     assert not build().fpn_lateral6.bias.any()
 
 
+@pytest.mark.parametrize("size", [(64, 128), (72, 100)], ids=["divisible", "cropped"])
+def test_extra_levels_with_carafe_are_reassembled_then_convolved(size):
+    torch.manual_seed(0)
+    fpn = build(num_extra_levels=2, downsampler={"down_kernel": 3})
+    x = torch.randn(2, 10, *size)
+    l6 = forward_conv(fpn.fpn_lateral6, fpn.fpn_downsample6(fpn.bottom_up(x)["res5"]))
+    l7 = forward_conv(fpn.fpn_lateral7, fpn.fpn_downsample7(l6))
+    outputs, strided = fpn(x), build(num_extra_levels=2)
+    torch.testing.assert_close(outputs["p7"], forward_conv(fpn.fpn_output7, l7))
+    assert [p.shape for p in outputs.values()] == [p.shape for p in strided(x).values()]
+    missing, unexpected = fpn.load_state_dict(strided.state_dict(), strict=False)
+    assert unexpected == []
+    assert {name.split(".")[0] for name in missing} == {"fpn_downsample6", "fpn_downsample7"}
+
+
+@pytest.mark.parametrize("downsampler", [None, {"compressed_channels": 4}], ids=["conv", "carafe"])
+@pytest.mark.parametrize("size", [(64, 128), (72, 100)], ids=["divisible", "cropped"])
+def test_bottom_up_path_adds_what_is_downsampled(size, downsampler):
+    torch.manual_seed(0)
+    fpn = CarafePAFPN(PooledImage(), list(CHANNELS), 12, downsampler=downsampler)
+    x = torch.randn(2, 10, *size)
+    top_down = CarafeFPN.forward(fpn, x)
+    levels = [path := top_down["p2"]]
+    for i in (3, 4, 5, 6):
+        down = fpn.get_submodule(f"pafpn_downsample{i}")
+        smaller = forward_conv(down, path, stride=2) if downsampler is None else down(path)
+        path = top_down[f"p{i}"] + smaller
+        levels.append(forward_conv(fpn.get_submodule(f"pafpn_output{i}"), path))
+    outputs = fpn(x)
+    assert list(outputs) == ["p2", "p3", "p4", "p5", "p6"]
+    for ours, expected in zip(outputs.values(), levels, strict=True):
+        torch.testing.assert_close(ours, expected)
+    sum(p.square().sum() for p in outputs.values()).backward()
+    assert [name for name, p in fpn.named_parameters() if p.grad is None] == []
+
+
 def test_average_fusion():
     fpn = build(upsampler={"name": "nearest"}, num_extra_levels=0, fuse_type="avg")
     x = torch.randn(1, 10, 32, 32)
@@ -144,6 +185,22 @@ def test_config_reaches_the_upsamplers():
     assert pack.content_encoder.weight.shape == (7 * 7 * 2 * 4, 8, 1, 1)
 
 
+def test_config_reaches_the_downsamplers():
+    cfg = resnet_config()
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_carafe_pafpn_backbone"
+    cfg.MODEL.FPN.DOWNSAMPLE = cfg.MODEL.RESNETS.DOWNSAMPLE = "carafe"
+    cfg.MODEL.CARAFE_DOWNSAMPLE.DOWN_KERNEL = 3
+    cfg.MODEL.CARAFE_DOWNSAMPLE.COMPRESSED_CHANNELS = 8
+    backbone = build_backbone(cfg)
+    packs = {n: m for n, m in backbone.named_modules() if isinstance(m, CARAFEDownsamplePack)}
+    assert [*packs] == [
+        *(f"bottom_up.res{i}.0.downsample" for i in (3, 4, 5)),
+        "fpn_downsample6",
+        *(f"pafpn_downsample{i}" for i in (3, 4, 5, 6)),
+    ]
+    assert {(m.down_kernel, m.compressed_channels) for m in packs.values()} == {(3, 8)}
+
+
 def test_retinanet_backbone_has_two_extra_levels():
     cfg = resnet_config()
     cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_carafe_fpn_backbone"
@@ -165,6 +222,7 @@ def test_retinanet_backbone_has_two_extra_levels():
         ("MODEL.CARAFE.COMPRESSED_CHANNELS", -1),
         ("MODEL.CARAFE.NORMALIZER", "tanh"),
         ("MODEL.CARAFE.UP_GROUP", 3),
+        ("MODEL.FPN.DOWNSAMPLE", "max"),
     ],
 )
 def test_wrong_config_values_are_named(key, value):

@@ -14,8 +14,13 @@ from torch import Tensor
 
 from carafe_d2 import CARAFEPack
 from carafe_d2.benchmark.peers import mmcv_peers
-from carafe_d2.ops import carafe, carafe_upsample
-from carafe_d2.reference import carafe_naive, carafe_upsample_naive
+from carafe_d2.ops import carafe, carafe_downsample, carafe_downsample_softmax, carafe_upsample
+from carafe_d2.reference import (
+    carafe_downsample_naive,
+    carafe_downsample_softmax_naive,
+    carafe_naive,
+    carafe_upsample_naive,
+)
 from carafe_d2.testing import (
     BF16,
     F16,
@@ -127,6 +132,20 @@ UNUSUAL_CASES = [
 @LAYOUTS
 @pytest.mark.parametrize("case", UNUSUAL_CASES, ids=str)
 def test_unusual_shapes(operator, reference, case, layout):
+    check_operator(operator, reference, of_layout(case, layout), DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("operator", "reference"),
+    [
+        (carafe_downsample, carafe_downsample_naive),
+        (carafe_downsample_softmax, carafe_downsample_softmax_naive),
+    ],
+    ids=["carafe_downsample", "carafe_downsample_softmax"],
+)
+@LAYOUTS
+@pytest.mark.parametrize("case", [*SMALL_CASES, *UNUSUAL_CASES], ids=str)
+def test_downsampling(operator, reference, case, layout):
     check_operator(operator, reference, of_layout(case, layout), DEVICE)
 
 

@@ -4,6 +4,8 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
+
 
 def run(code: str) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -48,17 +50,18 @@ def test_another_project_selects_the_backbone_by_name():
     ]
 
 
-def test_the_pyramid_can_be_imported_first():
+@pytest.mark.parametrize("name", ["CarafeFPN", "downsample_with_carafe"])
+def test_a_part_of_the_backbone_can_be_imported_first(name):
     result = run(
-        """
-        from carafe_d2 import CarafeFPN
+        f"""
+        from carafe_d2 import {name}
         from detectron2.modeling import BACKBONE_REGISTRY
 
         print(*(name for name, _ in BACKBONE_REGISTRY if "carafe" in name))
         """
     )
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split()) == 5
+    assert len(result.stdout.split()) == 7
 
 
 def test_without_detectron2_the_operator_works_and_other_names_say_how_to_install_it():

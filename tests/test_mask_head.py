@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from carafe_d2 import add_carafe_config
 from carafe_d2.errors import UserError
+from carafe_d2.upsample import UPSAMPLERS
 
 
 def config(**keys):
@@ -26,11 +27,14 @@ def build(channels=16, **keys):
     return build_mask_head(config(**keys), ShapeSpec(channels=channels, height=14, width=14))
 
 
-@pytest.mark.parametrize("upsample", ["carafe", "deconv", "nearest", "bilinear"])
+@pytest.mark.parametrize("upsample", UPSAMPLERS)
 @pytest.mark.parametrize("rois", [0, 3])
 def test_every_choice_puts_out_masks_of_twice_the_size(upsample, rois):
     head = build(UPSAMPLE=upsample)
-    assert head.layers(torch.randn(rois, 16, 14, 14)).shape == (rois, 5, 28, 28)
+    masks = head.layers(torch.randn(rois, 16, 14, 14))
+    assert masks.shape == (rois, 5, 28, 28)
+    masks.sum().backward()
+    assert [name for name, p in head.named_parameters() if p.grad is None] == []
 
 
 def test_carafe_head_has_no_relu_after_the_upsampler():
@@ -66,5 +70,5 @@ def test_head_without_convolutions():
 
 
 def test_unknown_upsampler_is_named():
-    with pytest.raises(UserError, match=r"MODEL.ROI_MASK_HEAD.UPSAMPLE .*'pixel_shuffle'"):
-        build(UPSAMPLE="pixel_shuffle")
+    with pytest.raises(UserError, match=r"MODEL.ROI_MASK_HEAD.UPSAMPLE .*'lanczos'"):
+        build(UPSAMPLE="lanczos")

@@ -28,6 +28,8 @@ def saved(*overrides, datasets=()):
         ("MODEL.FPN.UPSAMPLE", "bilinear"),
         ("MODEL.UPERNET.PPM_UPSAMPLE", "bilinear"),
         ("MODEL.CARAFE.ENCODER_DILATION", 2),
+        ("MODEL.FPN.DOWNSAMPLE", "carafe"),
+        ("MODEL.CARAFE_DOWNSAMPLE.ENCODER_DILATION", 2),
         ("MODEL.PIXEL_STD", [57.375, 57.12, 58.395]),
         ("MODEL.ANCHOR_GENERATOR.SIZES", [[16, 32]]),
         ("MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (1.0, 1.0, 1.0, 1.0)),

@@ -5,8 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from carafe_d2.ops import carafe, carafe_upsample
-from carafe_d2.reference import carafe_naive, carafe_upsample_naive
+from carafe_d2 import ops, reference
+from carafe_d2.reference import (
+    carafe_downsample_naive,
+    carafe_downsample_softmax_naive,
+    carafe_naive,
+    carafe_upsample_naive,
+)
+from carafe_d2.testing import Case
 
 
 def carafe_by_loops(features, masks, kernel_size, group_size, scale_factor):
@@ -38,6 +44,46 @@ def test_carafe_naive_is_the_formula(kernel_size, group_size, scale_factor):
         features.numpy(), masks.numpy(), kernel_size, group_size, scale_factor
     )
     np.testing.assert_allclose(out.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def carafe_downsample_by_loops(features, masks, kernel_size, group_size, scale_factor):
+    """The formula, one multiplication at a time."""
+    n, c, height, width = features.shape
+    k, s, r = kernel_size, scale_factor, kernel_size // 2
+    out = np.zeros((n, c, *masks.shape[2:]))
+    for b, channel, y, x in np.ndindex(out.shape):
+        group = channel // (c // group_size)
+        for u in range(-r, r + 1):
+            for v in range(-r, r + 1):
+                h, w = y * s + u, x * s + v
+                if 0 <= h < height and 0 <= w < width:
+                    tap = group * k * k + (u + r) * k + (v + r)
+                    out[b, channel, y, x] += masks[b, tap, y, x] * features[b, channel, h, w]
+    return out
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@pytest.mark.parametrize(("group_size", "scale_factor"), [(1, 1), (1, 2), (2, 3), (4, 9)])
+def test_carafe_downsample_naive_is_the_formula(kernel_size, group_size, scale_factor):
+    case = Case((2, 4, 6, 7), kernel_size, group_size, scale_factor)
+    features, masks = (t.detach() for t in case.inputs(carafe_downsample_naive))
+    out = carafe_downsample_naive(features, masks, *case.parameters)
+    expected = carafe_downsample_by_loops(features.numpy(), masks.numpy(), *case.parameters)
+    np.testing.assert_allclose(out.numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_carafe_downsample_softmax_naive_normalizes_and_reassembles():
+    features, logits = Case(group=2).inputs(carafe_downsample_softmax_naive)
+    masks = logits.unflatten(1, (2, 9)).softmax(2).flatten(1, 2)
+    out = carafe_downsample_softmax_naive(features, logits, 3, 2, 2)
+    torch.testing.assert_close(out, carafe_downsample_naive(features, masks, 3, 2, 2))
+
+
+def test_scale_one_is_neither_up_nor_down():
+    features, masks = Case(scale=1).inputs(carafe_naive)
+    assert torch.equal(
+        carafe_downsample_naive(features, masks, 3, 1, 1), carafe_naive(features, masks, 3, 1, 1)
+    )
 
 
 @pytest.mark.parametrize(("group_size", "scale_factor"), [(1, 2), (2, 3), (2, 1)])
@@ -75,15 +121,16 @@ def test_naive_is_differentiable_twice():
 
 
 EVERY_OPERATOR = pytest.mark.parametrize(
-    "operator", [carafe, carafe_naive, carafe_upsample, carafe_upsample_naive]
+    "operator",
+    [getattr(reference, name) for name in reference.__all__]
+    + [getattr(ops, name.removesuffix("_naive")) for name in reference.__all__],
 )
 
 
 def valid_arguments(operator):
-    fused = operator in (carafe_upsample, carafe_upsample_naive)
     return {
         "features": torch.zeros(1, 4, 5, 5),
-        "kernels": torch.zeros(1, 100, 5, 5) if fused else torch.zeros(1, 25, 10, 10),
+        "kernels": Case((1, 4, 5, 5), kernel=5, dtype=torch.float32).inputs(operator)[1].detach(),
         "kernel_size": 5,
         "group_size": 1,
         "scale_factor": 2,
@@ -119,4 +166,5 @@ def test_definition_and_operator_refuse_the_same(operator, changes, message):
 @pytest.mark.parametrize("integer", [int, np.int64, torch.tensor])
 def test_definition_and_operator_take_the_same_integers(operator, integer):
     features, kernels, *sizes = valid_arguments(operator).values()
-    assert operator(features, kernels, *map(integer, sizes)).shape == (1, 4, 10, 10)
+    out = operator(features, kernels, *map(integer, sizes))
+    assert torch.equal(out, operator(features, kernels, *sizes))

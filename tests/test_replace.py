@@ -773,7 +773,9 @@ def state(model):
         (KeyboardInterrupt(), KeyboardInterrupt, None),
         ("with CARAFE", RuntimeError, "does not run with CARAFE in it on the example, so nothing"),
         ("second example", RuntimeError, "does not run on example 2 of 2, so nothing .* TypeError"),
-        *((where, MemoryError, None) for where in ("CARAFEPack", "inherit", "_Packs.attach")),
+        ("directions.CARAFEPack", MemoryError, None),
+        ("replace.inherit", MemoryError, None),
+        ("replace.Packs.attach", MemoryError, None),
     ],
     ids=str,
 )
@@ -783,7 +785,7 @@ def test_whatever_fails_leaves_the_model_as_it_was(fail_with, error, message, mo
     if fail_with == "second example":
         examples = [(examples,), ("no tensor",)]
     elif error is MemoryError:
-        monkeypatch.setattr(f"carafe_d2.replace.{fail_with}", lambda *_, **__: fail(MemoryError))
+        monkeypatch.setattr(f"carafe_d2.{fail_with}", lambda *_, **__: fail(MemoryError))
     else:
         model.fail_with = fail_with
     before = state(model)

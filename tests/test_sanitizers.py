@@ -12,7 +12,8 @@ from carafe_d2.collect_env import CPU_INSTRUCTION_SETS
 
 ROOT = Path(__file__).parents[1]
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-TESTS = "match_the_definition or wrong or half_conversions or extreme"
+# Of the large maps those with whole cache lines, which alone are written past the caches.
+TESTS = "(match_the_definition and not 48x121x97) or wrong or half_conversions or extreme"
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def run(tmp_path_factory, sanitizer_runtimes):
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     subprocess.run(build, cwd=folder, env=os.environ | flags, check=True)
     # Python itself and PyTorch never free some of their memory.
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": runtimes}
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": runtimes, "PYTEST_ADDOPTS": ""}
 
     def run(instruction_set: str, *arguments: str) -> subprocess.CompletedProcess:
         variables = os.environ | options | {"CARAFE_D2_CPU": instruction_set}

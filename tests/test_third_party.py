@@ -10,7 +10,8 @@ from torchvision.io import write_png
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from carafe_d2 import CARAFEPack, replace_upsampling
+from carafe_d2 import replace_downsampling, replace_upsampling
+from carafe_d2.upsample import KernelPrediction
 
 DOCS = Path(__file__).parents[1] / "docs" / "operator.md"
 EXAMPLES = [(torch.rand(1, 3, 64, 128),), (torch.rand(1, 3, 128, 64),)]
@@ -21,7 +22,7 @@ def names(report):
 
 
 def packs_of(model):
-    return [module for module in model.modules() if isinstance(module, CARAFEPack)]
+    return [module for module in model.modules() if isinstance(module, KernelPrediction)]
 
 
 def first_tensor(output):
@@ -223,6 +224,16 @@ def test_upernet_shows_what_one_example_hides():
 # ------------------------------------------------------------- timm, torchvision, Detectron2
 
 
+def test_ultralytics_downsampling(ultralytics):
+    model = build_yolo(ultralytics, "yolo11n").model
+    report = replace_downsampling(model, EXAMPLES)
+    assert names(report) == [f"model.{i}.conv.carafe_downsample" for i in (1, 3, 5, 7, 17, 20)]
+    assert train_a_step(model, "detect") == []
+    expected = first_tensor(model.eval()(EXAMPLES[0][0]))
+    model.fuse(verbose=False)
+    torch.testing.assert_close(first_tensor(model(EXAMPLES[0][0])), expected, rtol=1e-3, atol=1e-2)
+
+
 def test_timm():
     timm = pytest.importorskip("timm")
     model = timm.create_model("hrnet_w18_small", features_only=True)
@@ -266,6 +277,15 @@ def test_detectron2():
     report = replace_upsampling(model, [{"image": torch.zeros(3, 64, 96)}])
     pyramid = [f"backbone.carafe_upsample.{k}" for k in range(3)]
     assert names(report) == ["roi_heads.mask_head.deconv", *pyramid]
+    report = replace_downsampling(model, [{"image": torch.zeros(3, 64, 96)}])
+    strided = [f"res{i}.0.{layer}" for i in (3, 4, 5) for layer in ("shortcut", "conv1")]
+    assert sorted(names(report)) == sorted(
+        [
+            *(f"backbone.bottom_up.{name}.carafe_downsample" for name in strided),
+            "backbone.bottom_up.stem.carafe_downsample.0",
+            "backbone.top_block.carafe_downsample.0",
+        ]
+    )
     instances = Instances((64, 96))
     instances.gt_boxes = Boxes(torch.tensor([[5.0, 5.0, 60.0, 50.0]]))
     instances.gt_classes = torch.tensor([1])

@@ -27,7 +27,7 @@ from detectron2.utils.analysis import FlopCountAnalysis, parameter_count_table
 from fvcore.nn import ActivationCountAnalysis, flop_count_table
 from torch import nn
 
-from carafe_d2.config import find_config_file, load_config
+from carafe_d2.config import find_config_file, is_inpainting, load_config
 from carafe_d2.data.build import build_test_loader, check_datasets
 from carafe_d2.diagnosis import named_mistakes
 from carafe_d2.errors import UserError, exit_on_user_error
@@ -52,9 +52,12 @@ def model_of(cfg: CfgNode, opts: Sequence[str]) -> nn.Module:
 
 
 def blank_image(cfg: CfgNode, height: int, width: int) -> list[dict]:
-    """An empty image as a model's input."""
+    """An empty image as a model's input; one for inpainting has a size of its own, and a hole."""
+    if is_inpainting(cfg):
+        height = width = cfg.MODEL.INPAINT.CROP_SIZE
     image = torch.zeros(len(cfg.MODEL.PIXEL_MEAN), height, width, dtype=torch.uint8)
-    return [{"image": image, "height": height, "width": width}]
+    mask = {"mask": torch.ones(height, width, dtype=torch.bool)} if is_inpainting(cfg) else {}
+    return [{"image": image, "height": height, "width": width, **mask}]
 
 
 def dataset_images(cfg: CfgNode, count: int) -> Iterator[list[dict]]:
@@ -130,7 +133,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=(800, 1333),
         metavar=("HEIGHT", "WIDTH"),
-        help="of the blank image; default: %(default)s",
+        help="of the blank image, but for inpainting; default: %(default)s",
     )
     parser.add_argument(
         "--depth", type=int, default=2, help="of the modules in the tables; default: %(default)s"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-r"""Exports a trained detector for other runtimes: ONNX, torch.export, TorchScript.
+r"""Exports a trained detector for other runtimes: ONNX, AOTInductor, torch.export, TorchScript.
 
 Example:
     python tools/export_model.py --config-file configs/shapes_mask_rcnn_R18_FPN_carafe.yaml \
@@ -26,6 +26,7 @@ from carafe_d2.onnx import to_onnx
 
 FILES = {
     "onnx": "model.onnx",
+    "aotinductor": "model.pt2",
     "torch_export": "program.pt2",
     "torchscript": "model.ts",
 }
@@ -62,6 +63,9 @@ def export_model(cfg: CfgNode, predictor: Predictor, args: argparse.Namespace) -
     if args.format == "onnx":
         write_file(path, to_onnx(program, args.inline).SerializeToString())
         return export.run_onnx(path)
+    if args.format == "aotinductor":
+        export.save_package(program, path)
+        return export.run_package(path)
     torch.export.save(program, path)
     return torch.export.load(path).module()
 

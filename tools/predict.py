@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 r"""Draws what a model detects in images and videos, and saves it in COCO's result format.
 
-Of a model for semantic segmentation it draws the classes of the pixels.
+Of a model for semantic segmentation it draws the classes of the pixels. Of one for inpainting it
+draws the image with a hole, what the model makes of that, and the image, cut to the model's size.
 
 Examples:
     python tools/predict.py --config-file configs/shapes_mask_rcnn_R18_FPN_carafe.yaml \
@@ -44,10 +45,12 @@ from detectron2.utils.visualizer import Visualizer
 from torch import Tensor
 from tqdm import tqdm
 
-from carafe_d2.config import load_config
+from carafe_d2.config import is_inpainting, load_config
+from carafe_d2.data.builtin import IMAGE_SUFFIXES
 from carafe_d2.errors import UserError, exit_on_user_error
 from carafe_d2.files import write_file
 from carafe_d2.inference import (
+    Inpainting,
     Predictor,
     draw_prediction,
     known_dataset,
@@ -59,8 +62,7 @@ from carafe_d2.inference import (
 
 # What cannot be read is named below; FFmpeg is to be silent about it.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-# What is taken of a folder. Any other file that is named itself is tried as an image.
-IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+# What is taken of a folder, beside images. Any other file that is named itself is tried as one.
 VIDEOS = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"}
 WRITTEN = {".jpg", ".jpeg", ".png", ".mp4"}  # the suffixes that outputs keep
 
@@ -81,7 +83,7 @@ def find_inputs(values: Iterable[str]) -> list[Path]:
     for value in values:
         path = Path(value).expanduser()
         if path.is_dir():
-            files = [f for f in path.iterdir() if f.suffix.lower() in IMAGES | VIDEOS]
+            files = [f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES | VIDEOS]
         elif path.is_file():
             files = [path]
         else:
@@ -204,7 +206,7 @@ Key = TypeVar("Key")
 
 def predictions(
     predictor: Predictor, images: Iterable[tuple[Key, np.ndarray]], batch_size: int
-) -> Iterator[tuple[Key, np.ndarray, Instances | Tensor]]:
+) -> Iterator[tuple[Key, np.ndarray, Instances | Tensor | Inpainting]]:
     """Predicts one batch after the other.
 
     Args:
@@ -255,7 +257,9 @@ def predict_images(
             )
             if args.json:
                 results += to_coco(prediction, ids[file], metadata)
-            if not args.no_images:
+            if isinstance(prediction, Inpainting):
+                save_image(outputs[file], prediction.picture(args.width))
+            elif not args.no_images:
                 np.random.seed(0)  # of the visualizer's colors: the same ones in every run
                 visualizer = Visualizer(image, metadata, scale=(args.width or width) / width)
                 drawn = draw_prediction(visualizer, prediction)
@@ -424,11 +428,15 @@ def predict(args: argparse.Namespace) -> None:
     sections = ("ROI_HEADS", "RETINANET")
     threshold = [(f"MODEL.{s}.SCORE_THRESH_TEST", args.confidence_threshold) for s in sections]
     cfg = load_config(args.config_file, [*args.opts, *itertools.chain(*threshold)])
+    if is_inpainting(cfg) and (args.webcam or args.json):
+        raise UserError("an inpainting model fills holes in images; leave out --webcam and --json")
     if args.webcam:
         show_camera(Predictor(cfg))
         return
     inputs = find_inputs(args.input)
     outputs = output_files(inputs, args.output)
+    if is_inpainting(cfg) and any(map(is_video, inputs)):
+        raise UserError("an inpainting model fills holes in images, and --input names a video")
     if args.annotations:
         annotated, metadata = read_annotations(args.annotations)
     else:

@@ -21,6 +21,7 @@ from carafe_d2.data.build import check_datasets
 from carafe_d2.data.register import dataset_name
 from carafe_d2.errors import UserError, exit_on_user_error
 from carafe_d2.inference import (
+    Inpainting,
     Predictor,
     contact_sheet,
     draw_prediction,
@@ -46,10 +47,13 @@ def draw_pair(predictor: Predictor, record: dict, threshold: float, width: int) 
         width: width in pixels of each of the two pictures.
 
     Returns:
-        RGB image (height, 2 * width + 8, 3), uint8.
+        RGB image (height, 2 * width + 8, 3), uint8; of an inpainting model three pictures wide.
     """
     image = read_image(record["file_name"])
     (prediction,) = predictor([image])
+    if isinstance(prediction, Inpainting):
+        title = f"hole, filled, truth: {os.path.basename(record['file_name'])}"
+        return titled(prediction.picture(width), title)
     title = "predictions"
     if isinstance(prediction, Instances):
         prediction = prediction[prediction.scores >= threshold]

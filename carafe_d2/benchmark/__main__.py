@@ -1,4 +1,4 @@
-"""Measures CARAFE against other upsamplers, and detectors with CARAFE against those without.
+"""Measures CARAFE against other up- and downsamplers, and detectors with it against those without.
 
 Examples:
     python -m carafe_d2.benchmark
@@ -28,6 +28,7 @@ from ..files import MarkdownBlock, write_file
 from . import measure, report, upsampling
 
 CPU = torch.device("cpu")
+RUNTIMES = ["onnxruntime", "aotinductor"]
 DTYPES = ["float32", "float64", "float16", "bfloat16"]
 
 
@@ -74,6 +75,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--kernel", type=positive(int), default=5, help="its kernel size (default: 5)")
     add("--group", type=positive(int), default=1, help="its groups (default: 1)")
     add("--scale", type=positive(int), default=2, help="its scale factor (default: 2)")
+    add("--downsampling", action="store_true", help="it is a case of downsampling, by that factor")
     add("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", default=DTYPES[:1],
         help=f"{DTYPES[0]} (default), {', '.join(DTYPES[1:])}")  # fmt: skip
     add("--candidates", nargs="+", metavar="NAME",
@@ -94,6 +96,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--size", nargs=2, type=positive(int), metavar=("H", "W"),
         help="of the image in pixels (default: 800 1333)")  # fmt: skip
     add("--training", action="store_true", help="also a training iteration")
+    add("--runtimes", nargs="+", choices=RUNTIMES, metavar="RUNTIME", default=[],
+        help="also inference of the exported detectors, whose export takes minutes: "
+             f"{', '.join(RUNTIMES)}")  # fmt: skip
 
     args = parser.parse_args(argv)
     check_combination(args)
@@ -109,7 +114,7 @@ def check_combination(args: argparse.Namespace) -> None:
         "--dtype": args.dtype != DTYPES[:1],
         "--compile": args.compile,
     }
-    of_detectors = {"--size": args.size, "--training": args.training}
+    of_detectors = {"--size": args.size, "--training": args.training, "--runtimes": args.runtimes}
     if args.detector is None:
         for option in (name for name, value in of_detectors.items() if value):
             raise UserError(f"{option} goes with --detector only")
@@ -118,6 +123,8 @@ def check_combination(args: argparse.Namespace) -> None:
             raise UserError(f"{option} does not go with --detector")
         if len(args.layout) > 1:
             raise UserError("--detector takes one --layout at a time")
+    if args.downsampling and not args.shape:
+        raise UserError("--downsampling goes with --shape only")
     if args.shape and (args.cases or args.batch):
         raise UserError("--shape replaces the standard cases, so --cases and --batch mean nothing")
 
@@ -144,7 +151,8 @@ def choose_cases(args: argparse.Namespace, device: torch.device) -> dict[str, up
         if c % args.group:
             raise UserError(f"--group: expected a divisor of the {c} channels, got {args.group}")
         sizes = (n, c, h, w), args.kernel, args.group, args.scale
-        return {"custom": upsampling.Case("custom", *sizes, compiled=args.compile is not False)}
+        options = {"compiled": args.compile is not False, "downsampling": args.downsampling}
+        return {"custom": upsampling.Case("custom", *sizes, **options)}
     cases = upsampling.QUICK_CASES if args.quick else upsampling.standard_cases(device, args.batch)
     if args.compile is not None:
         cases = {n: replace(case, compiled=args.compile) for n, case in cases.items()}
@@ -175,6 +183,7 @@ def benchmark_upsamplers(
 ) -> list[report.Table]:
     cases = choose_cases(args, device)
     candidates = choose_candidates(args)
+    cases = {name: case for name, case in cases.items() if any(c.suits(case) for c in candidates)}
     if not args.no_plot and not find_spec("matplotlib"):
         raise UserError("the plot needs matplotlib: pip install matplotlib, or use --no-plot")
     settings = {
@@ -219,7 +228,7 @@ def benchmark_detectors(
         "weights": f"random, seed {detectors.SEED}",
     }
     names = args.detector or detectors.DEFAULT_CONFIGS
-    benchmark = detectors.Benchmark(names, settings["size"], layout, device)
+    benchmark = detectors.Benchmark(names, settings["size"], layout, device, args.runtimes)
     tables, results = [], []
     for mode in detectors.MODES[: 2 if args.training else 1]:
         of_mode = list(benchmark.run(mode, settings["seconds"]))

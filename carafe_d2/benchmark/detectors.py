@@ -4,7 +4,9 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,6 +20,15 @@ from torch import nn
 
 from ..config import load_config
 from ..errors import UserError
+from ..export import (
+    ExportedDetector,
+    Run,
+    export_program,
+    run_onnx,
+    run_package,
+    save_package,
+)
+from ..onnx import require_packages, to_onnx
 from .measure import Clock, Measurement, count_flops, interleave, warm_up
 from .upsampling import LAYOUTS
 
@@ -39,15 +50,19 @@ FOREGROUND_IOU = 1e-6
 
 @dataclass(frozen=True)
 class Result(Measurement):
-    """One detector in one mode, with the times of an image."""
+    """One detector in one mode, with the times of an image.
 
-    config: str
+    A row without a time says in `skipped` why there is none.
+    """
+
+    config: str  # of an exported detector, then a comma and the runtime
     mode: str
-    images_per_second: float
-    baseline: str | None  # the config without CARAFE
-    speed: float | None  # images a second relative to the baseline's
-    gflops: float  # 1e9 operations for an image
-    objects: int | None  # detections of inference; foreground RoIs of a training iteration
+    baseline: str | None  # the config without CARAFE; of an exported detector, itself in PyTorch
+    skipped: str | None = None
+    images_per_second: float | None = None
+    speed: float | None = None  # images a second relative to the baseline's
+    gflops: float | None = None  # 1e9 operations for an image
+    objects: int | None = None  # detections of inference; foreground RoIs of a training iteration
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,6 +109,21 @@ class Detector:
         """Detects objects in the image."""
         self.model.eval()
         self.objects = len(self.model([self._image])[0]["instances"])
+
+    def infer_in(self, runtime: str) -> Callable[[], None]:
+        """What detects objects in the image in one of RUNTIMES.
+
+        Raises:
+            UserError: it is not installed, or the model cannot be exported to it.
+        """
+        with TemporaryDirectory() as folder:
+            run = RUNTIMES[runtime](self.model, Path(folder))
+        exported = ExportedDetector(run, self.model)
+
+        def infer() -> None:
+            self.objects = len(exported([self._image])[0]["instances"])
+
+        return infer
 
     def trainer(self) -> Callable[[], None]:
         """A training iteration that leaves the weights as they are: its learning rate is zero."""
@@ -176,6 +206,25 @@ def spread_scores(model: nn.Module, infer: Callable[[], object]) -> None:
             classifier.weight.mul_(factor)
 
 
+def _in_onnxruntime(model: nn.Module, folder: Path) -> Run:
+    require_packages("onnx", "onnxscript", "onnxruntime")
+    if (device := next(model.parameters()).device).type != "cpu":
+        raise UserError(f"ONNX Runtime is measured on the CPU only, not on {device}")
+    path = folder / "model.onnx"
+    path.write_bytes(to_onnx(export_program(model)).SerializeToString())
+    return run_onnx(path)
+
+
+def _in_aotinductor(model: nn.Module, folder: Path) -> Run:
+    path = folder / "model.pt2"
+    save_package(export_program(model), path)
+    return run_package(path)
+
+
+# What exported detectors run in.
+RUNTIMES = {"onnxruntime": _in_onnxruntime, "aotinductor": _in_aotinductor}
+
+
 class Benchmark:
     """Measures detectors one beside the other.
 
@@ -184,13 +233,19 @@ class Benchmark:
         size: height and width of the image in pixels.
         layout: contiguous or channels_last.
         device: where.
+        runtimes: some of RUNTIMES, for inference beside PyTorch's.
 
     Raises:
         UserError: a config is unknown or wrong.
     """
 
     def __init__(
-        self, names: Sequence[str], size: tuple[int, int], layout: str, device: torch.device
+        self,
+        names: Sequence[str],
+        size: tuple[int, int],
+        layout: str,
+        device: torch.device,
+        runtimes: Sequence[str] = (),
     ):
         overrides = [
             *("MODEL.WEIGHTS", "", "MODEL.DEVICE", str(device)),
@@ -198,27 +253,43 @@ class Benchmark:
         ]
         configs = {path.stem: load_config(str(path), overrides) for path in map(config_path, names)}
         self._detectors = {name: Detector(cfg, size, layout) for name, cfg in configs.items()}
+        self._runtimes = runtimes
         # The host's work between launches and synchronizations is part of a detector's time.
         self._clock = Clock(device, hide_host=False)
 
     def run(self, mode: str, seconds: float) -> Iterator[Result]:
         """Measures all detectors in one of MODES, `seconds` each."""
-        functions = {
-            name: detector.infer if mode == INFERENCE else detector.trainer()
-            for name, detector in self._detectors.items()
-        }
-        flops = {name: count_flops(function) for name, function in functions.items()}
+        functions: dict[str, Callable[[], None]] = {}
+        flops: dict[str, int] = {}
+        baselines: dict[str, str] = {}
+        skipped: dict[str, str] = {}
+        objects: dict[str, int | None] = {}
+        for config, detector in self._detectors.items():
+            functions[config] = detector.infer if mode == INFERENCE else detector.trainer()
+            flops[config] = count_flops(functions[config])
+            baselines[config] = baseline_of(config)
+            objects[config] = detector.objects
+            for runtime in self._runtimes if mode == INFERENCE else ():
+                name = f"{config}, {runtime}"
+                baselines[name] = config
+                try:
+                    functions[name] = detector.infer_in(runtime)
+                    functions[name]()
+                except UserError as error:
+                    skipped[name] = str(error)
+                objects[name] = detector.objects
         estimates = {name: warm_up(function, self._clock) for name, function in functions.items()}
         timings = interleave(functions, estimates, self._clock, seconds)
-        for name, timing in timings.items():
-            baseline = timings.get(baseline_of(name))
-            yield Result(
-                config=name,
-                mode=mode,
+        for name, baseline in baselines.items():
+            row = partial(Result, name, mode, baseline if baseline in timings else None)
+            if name in skipped:
+                yield row(skipped=skipped[name])
+                continue
+            timing = timings[name]
+            yield row(
                 images_per_second=1 / timing.seconds,
-                baseline=baseline_of(name) if baseline else None,
-                speed=baseline.seconds / timing.seconds if baseline else None,
-                gflops=flops[name] / 1e9,
-                objects=self._detectors[name].objects,
+                speed=timings[baseline].seconds / timing.seconds if baseline in timings else None,
+                gflops=flops[name] / 1e9 if name in flops else None,
+                objects=objects[name],
                 **timing.as_dict(),
             )

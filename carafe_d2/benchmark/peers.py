@@ -12,8 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..downsample import CARAFEDownsamplePack
 from ..ops import carafe
-from ..reference import carafe_naive, carafe_upsample_naive
+from ..reference import (
+    carafe_downsample_naive,
+    carafe_downsample_softmax_naive,
+    carafe_naive,
+    carafe_upsample_naive,
+)
 from ..upsample import CARAFEPack
 
 
@@ -114,6 +120,68 @@ def separate_steps(
     n, _, h, w = masks.shape
     masks = masks.reshape(n, group_size, kernel_size**2, h, w).softmax(dim=2).view(masks.shape)
     return carafe(features, masks, kernel_size, group_size, scale_factor)
+
+
+# ----------------------------------------------------------------------------- downsampling
+
+
+def unfold_downsample(
+    features: Tensor, masks: Tensor, kernel_size: int, group_size: int, scale_factor: int
+) -> Tensor:
+    """Patches unfolded with a stride, times masks, summed over the taps."""
+    n, c, _, _ = features.shape
+    k, g, (rows, columns) = kernel_size, group_size, masks.shape[2:]
+    patches = F.unfold(features, k, padding=k // 2, stride=scale_factor)
+    patches = patches.view(n, g, c // g, k * k, rows, columns)
+    return (masks.view(n, g, 1, k * k, rows, columns) * patches).sum(3).view(n, c, rows, columns)
+
+
+def unfold_downsample_softmax(features: Tensor, kernel_logits: Tensor, *sizes: int) -> Tensor:
+    """The same after a softmax."""
+    kernel_size, group_size, _ = sizes
+    masks = kernel_logits.unflatten(1, (group_size, kernel_size**2)).softmax(dim=2)
+    return unfold_downsample(features, masks.flatten(1, 2), *sizes)
+
+
+class UnfoldDownsampler(CARAFEDownsamplePack):
+    """The plain-PyTorch module that projects carry: CARAFE++ by ``F.unfold``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.content_encoder(self.channel_compressor(x))
+        sizes = self.down_kernel, self.down_group, self.scale_factor
+        return unfold_downsample_softmax(x, logits, *sizes)
+
+
+class BlurPool(nn.Module):
+    """Blur pooling (arXiv 1904.11486): the binomial 3x3 filter with a stride, reflected borders."""
+
+    def __init__(self, channels: int, scale_factor: int):
+        super().__init__()
+        self.scale_factor = scale_factor
+        row = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.register_buffer("filter", (row[:, None] * row).repeat(channels, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, [1] * 4, mode="reflect")
+        return F.conv2d(padded, self.filter, stride=self.scale_factor, groups=x.shape[1])  # type: ignore[arg-type]
+
+
+def _without_options(build: Callable[[int, int], nn.Module]) -> Callable:
+    return lambda channels, scale_factor, kernel_size, group_size: build(channels, scale_factor)
+
+
+def down_pack(kind: type[CARAFEDownsamplePack]) -> Callable[..., CARAFEDownsamplePack]:
+    """What builds a downsampler with CARAFE, as in :class:`Peer`."""
+
+    def build(channels: int, scale_factor: int, kernel_size: int, group_size: int):
+        return kind(channels, scale_factor, down_kernel=kernel_size, down_group=group_size)
+
+    return build
+
+
+def down_convolutions(*sizes: int) -> nn.Module:
+    pack = down_pack(CARAFEDownsamplePack)(*sizes)
+    return nn.Sequential(pack.channel_compressor, pack.content_encoder)
 
 
 # ------------------------------------------------------------------------- whole upsamplers
@@ -255,6 +323,41 @@ PEERS = {
         lambda channels, scale_factor, kernel_size, group_size: DySample(channels, scale_factor),
         "arXiv 2308.15085, as the default of github.com/tiny-smart/dysample",
         limits=_four_groups,
+    ),
+    "down_operator/carafe_downsample_naive": Peer(
+        carafe_downsample_naive,
+        "the definition, carafe_d2/reference.py",
+        (0.3, 0.5),
+        is_carafe=True,
+    ),
+    "down_operator/unfold": Peer(
+        unfold_downsample, "CARAFE++ in plain PyTorch: F.unfold", (2.2, 3.3), is_carafe=True
+    ),
+    "down_fused/carafe_downsample_softmax_naive": Peer(
+        carafe_downsample_softmax_naive,
+        "the definition, carafe_d2/reference.py",
+        (0.3, 0.5),
+        is_carafe=True,
+    ),
+    "down_fused/unfold": Peer(
+        unfold_downsample_softmax, "the same after a softmax", (2.2, 3.3), is_carafe=True
+    ),
+    "downsampler/carafe_convolutions": Peer(
+        down_convolutions, "only the two convolutions inside CARAFEDownsamplePack; no downsampler"
+    ),
+    "downsampler/unfold_module": Peer(
+        down_pack(UnfoldDownsampler), "CARAFE++ by F.unfold", (2.2, 3.3), is_carafe=True
+    ),
+    "downsampler/max_pool": Peer(
+        _without_options(lambda channels, scale: nn.MaxPool2d(3, scale, 1)),
+        "torch.nn.MaxPool2d, 3x3",
+    ),
+    "downsampler/blur_pool": Peer(
+        _without_options(BlurPool), "arXiv 1904.11486: a binomial 3x3 filter"
+    ),
+    "downsampler/strided_conv": Peer(
+        _without_options(lambda channels, scale: nn.Conv2d(channels, channels, 3, scale, 1)),
+        "torch.nn.Conv2d, 3x3",
     ),
 }
 

@@ -120,9 +120,12 @@ def detector_table(mode: str, size: Sequence[int], results: Sequence["DetectorRe
             "-" if result.objects is None else str(result.objects),
         ]
         for result in results
+        if not result.skipped
     ]
     title = f"{mode}, one image of {size[0]}x{size[1]}, random weights"
-    return Table(title, DETECTOR_HEADER, rows, page_fault_note({r.config: r for r in results}))
+    notes = page_fault_note({r.config: r for r in results})
+    notes += [f"{r.config}: not measured, {r.skipped}" for r in results if r.skipped]
+    return Table(title, DETECTOR_HEADER, rows, notes)
 
 
 def page_fault_note(results: Mapping[str, Measurement]) -> list[str]:
@@ -215,7 +218,8 @@ def _draw_panel(axis, case: Case, names: list[str], results: list[Result]) -> No
     axis.set_yticks(list(places.values()), names, fontsize=8)
     axis.set_ylim(min(places.values()) - 0.8, -0.2)
     axis.set_title(
-        f"{case.name}  {'x'.join(map(str, case.shape))}, group {case.group}, scale {case.scale}",
+        f"{case.name}  {'x'.join(map(str, case.shape))}, group {case.group}, "
+        f"scale {'1/' * case.downsampling}{case.scale}",
         fontsize=9,
     )
     axis.grid(axis="x", linewidth=0.4, color="0.8")

@@ -1,4 +1,4 @@
-"""The upsamplers and the operators inside them, with their peers, over cases given by shapes."""
+"""Up- and downsamplers and the operators inside them, with their peers, over cases of shapes."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import carafe, carafe_upsample
+from ..downsample import CARAFEDownsamplePack
+from ..ops import carafe, carafe_downsample, carafe_downsample_softmax, carafe_upsample
+from ..reference import downsampled
 from ..upsample import UPSAMPLERS, build_upsampler
 from .measure import (
     Clock,
@@ -21,7 +23,7 @@ from .measure import (
     warm_up,
     yardsticks,
 )
-from .peers import PEERS, Peer, compiled_peers, mmcv_peers
+from .peers import PEERS, Peer, compiled_peers, down_pack, mmcv_peers
 
 FORWARD, FORWARD_BACKWARD = PASSES = ("forward", "forward+backward")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -33,6 +35,7 @@ class Case:
 
     Attributes:
         compiled: whether the peers that torch.compile makes take part, half a minute for each.
+        downsampling: whether the scale is that of downsampling.
     """
 
     name: str
@@ -41,6 +44,14 @@ class Case:
     group: int = 1
     scale: int = 2
     compiled: bool = False
+    downsampling: bool = False
+
+    @property
+    def output_size(self) -> tuple[int, ...]:
+        sides = self.shape[2:]
+        if self.downsampling:
+            return tuple(downsampled(side, self.scale) for side in sides)
+        return tuple(self.scale * side for side in sides)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -48,19 +59,27 @@ class Case:
 
     @property
     def patch_elements(self) -> int:
-        """All neighbors of all output values: what an unfold of the enlarged map holds."""
-        return math.prod(self.shape) * (self.scale * self.kernel) ** 2
+        """All neighbors of all output values: what an unfold for each of them holds."""
+        return math.prod((*self.shape[:2], *self.output_size)) * self.kernel**2
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
         return f"{self.name}: features {shape}, kernel {self.kernel}, group {self.group}, " + (
-            f"scale {self.scale}"
+            f"scale {'1/' * self.downsampling}{self.scale}"
         )
 
 
 # p3 to p6 are what the upsamplers of the published pyramids get for an image of 800 x 1333, padded
 # to 832 x 1344.
 PYRAMID = {"p6": (13, 21), "p5": (26, 42), "p4": (52, 84), "p3": (104, 168)}
+
+
+# What CARAFE gets in the same image: in a ResNet-50, and of c5 for p6.
+DOWNSAMPLED = {
+    "down_res3": (256, 208, 336),
+    "down_res4": (512, 104, 168),
+    "down_p6": (2048, 26, 42),
+}
 
 
 def standard_cases(device: torch.device, batch: int | None = None) -> dict[str, Case]:
@@ -79,13 +98,18 @@ def standard_cases(device: torch.device, batch: int | None = None) -> dict[str, 
         Case("image", (1, 3, 128, 128)),
         # what the operator's grad_check in MMDetection times
         Case("grad_check", (2, 1024, 100, 100)),
+        *(Case(n, (batch, *s), downsampling=True) for n, s in DOWNSAMPLED.items()),
     ]
     return {case.name: case for case in cases}
 
 
 QUICK_CASES = {
     case.name: case
-    for case in (Case("tiny", (1, 8, 6, 7)), Case("tiny_grouped", (2, 8, 5, 4), 3, 2, 3))
+    for case in (
+        Case("tiny", (1, 8, 6, 7)),
+        Case("tiny_grouped", (2, 8, 5, 4), 3, 2, 3),
+        Case("tiny_down", (2, 8, 5, 4), 3, 2, 3, downsampling=True),
+    )
 }
 
 
@@ -103,6 +127,9 @@ OURS: dict[str, Callable] = {
     "operator/carafe": carafe,
     "fused/carafe_upsample": carafe_upsample,
     **{f"upsampler/{name}": partial(_upsampler, name) for name in UPSAMPLERS},
+    "down_operator/carafe_downsample": carafe_downsample,
+    "down_fused/carafe_downsample_softmax": carafe_downsample_softmax,
+    "downsampler/carafe": down_pack(CARAFEDownsamplePack),
 }
 
 # Groups differ in what they are given: features and masks, features and kernel logits, features.
@@ -111,6 +138,9 @@ GROUPS = {
     "operator": "operator/carafe",
     "fused": "fused/carafe_upsample",
     "upsampler": "upsampler/carafe",
+    "down_operator": "down_operator/carafe_downsample",
+    "down_fused": "down_fused/carafe_downsample_softmax",
+    "downsampler": "downsampler/carafe",
 }
 
 
@@ -131,6 +161,11 @@ class Candidate:
     @property
     def group(self) -> str:
         return self.name.split("/")[0]
+
+    def suits(self, case: Case) -> bool:
+        """Whether it is of those that take part in a case."""
+        compiles = self.peer is not None and self.peer.compiles
+        return case.downsampling == self.group.startswith("down") and case.compiled >= compiles
 
     @property
     def is_reference(self) -> bool:
@@ -184,9 +219,10 @@ class Inputs:
         self.case, self.dtype, self.layout, self.device = case, dtype, layout, device
         n, _, h, w = case.shape
         taps = case.group * case.kernel**2
+        masks = n, taps, *case.output_size
         self.features = self._random(case.shape)
-        self.masks = self._random((n, taps, case.scale * h, case.scale * w))
-        self.logits = self._random((n, taps * case.scale**2, h, w))
+        self.masks = self._random(masks)
+        self.logits = self._random(masks if case.downsampling else (n, taps * case.scale**2, h, w))
         self._grad_outputs: dict[torch.Size, Tensor] = {}
 
     def _random(self, shape: tuple[int, ...]) -> Tensor:
@@ -211,7 +247,7 @@ class Workload:
         case = inputs.case
         self._inputs = inputs
         self._arguments: tuple
-        if group == "upsampler":
+        if group in ("upsampler", "downsampler"):
             self._function = build(case.shape[1], case.scale, case.kernel, case.group)
             self._function.to(
                 device=inputs.device, dtype=inputs.dtype, memory_format=LAYOUTS[inputs.layout]
@@ -219,7 +255,7 @@ class Workload:
             self._arguments = (inputs.features,)
             self.reads = (inputs.features, *self._function.parameters())
         else:
-            kernels = inputs.masks if group == "operator" else inputs.logits
+            kernels = inputs.masks if group.endswith("operator") else inputs.logits
             self._function = build
             self._arguments = (inputs.features, kernels, *case.sizes)
             self.reads = (inputs.features, kernels)
@@ -328,9 +364,7 @@ class Benchmark:
             For each pass a row for each yardstick, then one for every candidate.
         """
         inputs = Inputs(case, dtype, layout, self._device)
-        candidates = [
-            c for c in self._candidates if case.compiled or not (c.peer and c.peer.compiles)
-        ]
+        candidates = [candidate for candidate in self._candidates if candidate.suits(case)]
         for pass_ in PASSES:
             give_back_memory()
             available = available_memory(self._device)

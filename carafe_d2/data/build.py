@@ -28,7 +28,9 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 from torch.utils.data import DataLoader, Dataset
 
+from ..config import is_inpainting
 from ..errors import UserError
+from ..inpaint.data import InpaintMapper
 from .checks import check_image
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,12 @@ class CarafeDatasetMapper(DatasetMapper):
         # What Pillow raises for files it cannot decode, and Detectron2 for a wrong size.
         except (OSError, SyntaxError, SizeMismatchError) as error:
             raise UserError(f"cannot read image {dataset_dict['file_name']}: {error}") from error
+
+
+def build_mapper(cfg: CfgNode, is_train: bool) -> Callable[[dict], dict]:
+    """Builds what makes of Detectron2's dict of an image the input of the config's model."""
+    mapper = InpaintMapper if is_inpainting(cfg) else CarafeDatasetMapper
+    return mapper(cfg, is_train)
 
 
 class _SeededDataset(Dataset):
@@ -198,7 +206,7 @@ def _train_loader_from_config(cfg: CfgNode) -> dict:
             ),
             proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         ),
-        "mapper": CarafeDatasetMapper(cfg, True),
+        "mapper": build_mapper(cfg, True),
         "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
         "sampler": loader.SAMPLER_TRAIN,
         "aspect_ratio_grouping": loader.ASPECT_RATIO_GROUPING,
@@ -280,6 +288,4 @@ def build_train_loader(
 
 def build_test_loader(cfg: CfgNode, dataset_name: str):
     """Detectron2's test loader with the mapper that reports unreadable images by name."""
-    return build_detection_test_loader(
-        cfg, dataset_name, mapper=CarafeDatasetMapper(cfg, is_train=False)
-    )
+    return build_detection_test_loader(cfg, dataset_name, mapper=build_mapper(cfg, is_train=False))

@@ -9,6 +9,9 @@ from ..errors import UserError
 
 SPLITS = ("train", "val")
 HOW_TO_GET = "generate it with `python -m carafe_d2.data.shapes`"
+PLACES_HOW_TO_GET = "unpack Places365-Standard's images of 256 x 256 pixels there"
+# Of what lies in an image folder, what is taken for an image.
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 CATEGORIES = ("disc", "ring", "star", "cross", "crescent", "blob")  # COCO ids are 1-based
 LABELS = ("background", *CATEGORIES)  # of pixels, by the value in the label images
 
@@ -34,8 +37,9 @@ def annotation_file(root: Path, split: str) -> Path:
 
 
 def register_shapes(root: str | os.PathLike | None = None) -> None:
-    """Registers `shapes_train` and `shapes_val` with Detectron2, and with the prefix
-    `shapes_sem_seg_` the same images with the class of every pixel, for semantic segmentation.
+    """Registers `shapes_train` and `shapes_val` with Detectron2, with the prefix
+    `shapes_sem_seg_` the same images with the class of every pixel, for semantic segmentation, and
+    with `shapes_images_` the images alone, for inpainting; also `places365_train` and `_val`.
 
     Nothing is read until a dataset is used; using one that was not generated raises a
     :class:`~carafe_d2.errors.UserError`. A later call replaces the earlier registration;
@@ -67,18 +71,60 @@ def register_shapes(root: str | os.PathLike | None = None) -> None:
             stuff_classes=list(LABELS),
             ignore_label=255,
         )
+        register_images(f"shapes_images_{split}", images, HOW_TO_GET)
+    for split, folder in (("train", "data_256"), ("val", "val_256")):
+        path = root / "places365" / folder
+        register_images(f"places365_{split}", path, PLACES_HOW_TO_GET)
 
 
-def _register(name: str, load: Callable[[], list[dict]], **metadata) -> None:
+def register_images(name: str, folder: Path, how_to_get: str = "put it there") -> None:
+    """Registers the images of a folder and its subfolders, for inpainting.
+
+    Args:
+        name: of the dataset.
+        folder: the images'.
+        how_to_get: what to do where it is missing.
+    """
+    load = partial(load_images, folder, name)
+    _register(name, load, how_to_get, image_root=str(folder), evaluator_type="inpainting")
+
+
+def load_images(folder: Path, name: str) -> list[dict]:
+    """Returns the images of a folder and its subfolders as Detectron2's list of dicts.
+
+    Raises:
+        UserError: There are none.
+    """
+    paths = sorted(
+        os.path.join(parent, file)
+        for parent, _, files in os.walk(folder)
+        for file in files
+        if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+    )
+    if not paths:
+        raise UserError(f"dataset {name!r}: there are no images in {os.path.abspath(folder)}")
+    return [{"file_name": path, "image_id": i} for i, path in enumerate(paths)]
+
+
+def _register(
+    name: str, load: Callable[[], list[dict]], how_to_get: str = HOW_TO_GET, **metadata
+) -> None:
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     if name in DatasetCatalog:
-        if MetadataCatalog.get(name).get("how_to_get") != HOW_TO_GET:
+        if not is_ours(name):
             return
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     DatasetCatalog.register(name, load)
-    MetadataCatalog.get(name).set(how_to_get=HOW_TO_GET, **metadata)
+    MetadataCatalog.get(name).set(how_to_get=how_to_get, **metadata)
+
+
+def is_ours(name: str) -> bool:
+    """Whether the registered dataset of a name, if there is one, comes with this package."""
+    from detectron2.data import MetadataCatalog
+
+    return MetadataCatalog.get(name).get("how_to_get") in (HOW_TO_GET, PLACES_HOW_TO_GET)
 
 
 def _load(json_file: Path, images: Path, name: str) -> list[dict]:

@@ -19,6 +19,7 @@ from PIL import Image
 from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 
+from ..config import is_inpainting
 from ..errors import UserError
 from ..model_settings import check_order_of_classes
 
@@ -50,6 +51,12 @@ def check_data(cfg: CfgNode, *, training: bool = True) -> None:
     for name in dict.fromkeys((*trained, *cfg.DATASETS.TEST)):
         metadata = MetadataCatalog.get(name)
         trains, tests = name in trained, name in cfg.DATASETS.TEST
+        if is_inpainting(cfg) != (metadata.get("evaluator_type") == "inpainting"):
+            what = "its images alone, NAME=IMAGES/" if is_inpainting(cfg) else "annotated images"
+            raise UserError(
+                f"dataset {name!r}: a {cfg.MODEL.META_ARCHITECTURE} takes {what}; see "
+                "DATASETS.REGISTER"
+            )
         json_file = metadata.get("json_file")
         boxes = _Boxes()
         if json_file and metadata.get("evaluator_type") in _COCO_TYPES:

@@ -8,17 +8,18 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from ..errors import UserError
-from .builtin import HOW_TO_GET
+from .builtin import is_ours, register_images
 
-_FORM = "NAME=ANNOTATIONS.json:IMAGES/"
+_FORM = "NAME=ANNOTATIONS.json:IMAGES/, or for inpainting NAME=IMAGES/"
 
 
 def register_datasets(descriptions: Iterable[str]) -> list[str]:
-    """Registers COCO-format datasets with Detectron2; the same one may be registered again.
+    """Registers datasets of COCO's format, or of images alone, with Detectron2; the same one may be
+    registered again.
 
     Args:
-        descriptions: of the form ``NAME=ANNOTATIONS.json:IMAGES/``, as DATASETS.REGISTER and the
-            option ``--dataset`` of the programs take them.
+        descriptions: of the form ``NAME=ANNOTATIONS.json:IMAGES/`` or ``NAME=IMAGES/``, as
+            DATASETS.REGISTER and the option ``--dataset`` of the programs take them.
 
     Returns:
         The names.
@@ -38,6 +39,10 @@ def dataset_name(option: str) -> str:
 def _register(description: str) -> str:
     name, equals, paths = description.partition("=")
     annotations, colon, images = paths.rpartition(":")
+    if name and images and not colon and Path(images).is_dir():
+        if _is_new(name, image_root=str(Path(images)), evaluator_type="inpainting"):
+            register_images(name, Path(images))
+        return name
     if not (name and equals and colon and annotations):
         raise UserError(f"dataset {description!r}: expected {_FORM}")
     try:
@@ -53,21 +58,32 @@ def _register(description: str) -> str:
     if not Path(images).is_dir():
         raise UserError(f"dataset {name!r}: {images} is no folder of images")
 
-    metadata = MetadataCatalog.get(name)
-    if metadata.get("how_to_get") == HOW_TO_GET:  # the user's dataset goes before ours
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-        metadata = MetadataCatalog.get(name)
-    if name in DatasetCatalog:
-        if (metadata.get("json_file"), metadata.get("image_root")) != (annotations, images):
-            raise UserError(f"dataset {name!r}: another dataset of this name is registered")
+    if not _is_new(name, json_file=annotations, image_root=images):
         return name
     keypoints = _keypoints(categories)
     register_coco_instances(name, keypoints, annotations, images)
+    metadata = MetadataCatalog.get(name)
     # Detectron2 fills these in when it loads the annotations; some programs never do.
     metadata.thing_classes = classes
     metadata.thing_dataset_id_to_contiguous_id = {c["id"]: i for i, c in enumerate(categories)}
     return name
+
+
+def _is_new(name: str, **paths: str) -> bool:
+    """Whether a dataset is still to be registered; of this package's, the user's goes before.
+
+    Raises:
+        UserError: another one of the name is registered.
+    """
+    if is_ours(name):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    if name not in DatasetCatalog:
+        return True
+    metadata = MetadataCatalog.get(name)
+    if any(metadata.get(key) != path for key, path in paths.items()):
+        raise UserError(f"dataset {name!r}: another dataset of this name is registered")
+    return False
 
 
 def _keypoints(categories: list[dict]) -> dict:

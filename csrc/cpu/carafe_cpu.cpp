@@ -55,11 +55,11 @@ std::unique_ptr<char, Free> allocate(size_t bytes) {
 template <typename Kernel>
 void for_all_rows(const Shape& shape, const Kernel& kernel) {
   constexpr int64_t kWorkPerThread = 1 << 18;  // multiplications
-  const int64_t row_work =
-      std::max<int64_t>(1, shape.width * shape.subpixels() * shape.taps() * shape.group_channels());
+  const int64_t row_work = std::max<int64_t>(
+      1, shape.columns() * shape.subpixels() * shape.taps() * shape.group_channels());
   const int64_t grain = std::max<int64_t>(1, kWorkPerThread / row_work);
   const size_t scratch_bytes = kernel(0, 0, nullptr);
-  torch::stable::parallel_for(0, shape.batch * shape.groups * shape.height, grain,
+  torch::stable::parallel_for(0, shape.batch * shape.groups * shape.rows(), grain,
                               [&](int64_t begin, int64_t end) {
                                 const auto scratch = allocate(scratch_bytes);
                                 kernel(begin, end, scratch.get());

@@ -9,7 +9,7 @@
 
 namespace carafe_d2 {
 
-// Every kernel works on a range of source rows of all images and groups, in the order (n, g, h),
+// Every kernel works on a range of rows of source locations of all images and groups, in the order (n, g, h),
 // and is called by each thread with a range of its own. Results do not depend on the partition.
 //
 // Without `scratch` a kernel does nothing but return how many bytes of it a call needs;

@@ -7,8 +7,8 @@
 // type and the zeros around the map are really there. `load_matrix` and `store_matrix`, which fill
 // and empty these buffers, are the only functions that know layouts and storage types.
 //
-// Work goes row by row of the source map, and in a row tile by tile: as many source pixels as a
-// vector has lanes. The k rows around the current one are kept as a ring.
+// Work goes row by row of the source locations, and in a row tile by tile: as many locations as a
+// vector has lanes. The k rows of features around the current one are kept as a ring.
 #include "kernels.h"
 #include "simd.h"
 
@@ -250,14 +250,14 @@ inline void stream_matrix(const double* source, int64_t source_row, const Matrix
 
 // -------------------------------------------------------------------------------------- buffers
 
-// A source row of one image and group.
+// A row of source locations of one image and group.
 struct Row {
   int64_t n, g, h;
 
   Row(const Shape& shape, int64_t index)
-      : n(index / shape.height / shape.groups),
-        g(index / shape.height % shape.groups),
-        h(index % shape.height) {}
+      : n(index / shape.rows() / shape.groups),
+        g(index / shape.rows() % shape.groups),
+        h(index % shape.rows()) {}
 };
 
 // The channels of a group in blocks of up to kVectors vectors.
@@ -293,13 +293,14 @@ Matrix pixels_of(const Map& map, const Blocks<A>& blocks, const Row& at, int64_t
 template <typename A>
 struct Ring {
   Blocks<A> blocks;
-  int64_t kernel, radius, width, row_size, block_size;
+  int64_t kernel, radius, stride, width, row_size, block_size;
   A* data;
 
   Ring(const Shape& shape, Arena& arena)
       : blocks(shape),
         kernel(shape.kernel),
         radius(shape.radius()),
+        stride(shape.stride),
         width(shape.width),
         row_size((width + 2 * radius) * blocks.size),
         block_size(kernel * row_size),
@@ -307,14 +308,17 @@ struct Ring {
 
   int64_t slot(int64_t y) const { return (y % kernel + kernel) % kernel; }
 
-  // Of column w - r; what `tap_offsets` gives has to be added.
-  A* pixel(int64_t block, int64_t w) const { return data + block * block_size + w * blocks.size; }
+  // Of column x - r.
+  A* pixel(int64_t block, int64_t x) const { return data + block * block_size + x * blocks.size; }
 
-  // Where the taps of row h are: offsets[t].
+  // Of the first tap of location w; what `tap_offsets` gives has to be added.
+  A* window(int64_t block, int64_t w) const { return pixel(block, w * stride); }
+
+  // Where the taps of location row h are: offsets[t].
   void tap_offsets(int64_t h, int64_t* offsets) const {
     for (int64_t u = 0; u < kernel; ++u) {
       for (int64_t v = 0; v < kernel; ++v) {
-        offsets[u * kernel + v] = slot(h + u - radius) * row_size + v * blocks.size;
+        offsets[u * kernel + v] = slot(h * stride + u - radius) * row_size + v * blocks.size;
       }
     }
   }
@@ -344,18 +348,20 @@ struct Ring {
   }
 };
 
-// The ring of the features, moved from row to row.
+// The ring of the features, moved from one row of locations to the next.
 template <typename A>
 struct FeatureRing : Ring<A> {
   int64_t height;
 
   FeatureRing(const Shape& shape, Arena& arena) : Ring<A>(shape, arena), height(shape.height) {}
 
-  // Makes rows h - r to h + r available. Rows come in ascending order; `fresh` starts a new map.
+  // Makes the k rows of features around those locations available. Locations come in ascending
+  // order; `fresh` starts a new map.
   void advance(const Map& features, const Row& at, bool fresh) const {
     if (fresh) this->clear_all();
-    for (int64_t y = fresh ? at.h - this->radius : at.h + this->radius; y <= at.h + this->radius;
-         ++y) {
+    const int64_t end = at.h * this->stride + this->radius + 1;
+    const int64_t missing = fresh ? this->kernel : minimum(this->kernel, this->stride);
+    for (int64_t y = end - missing; y < end; ++y) {
       if (y >= 0 && y < height) {
         this->load_row(features, at, y);
       } else {
@@ -365,7 +371,7 @@ struct FeatureRing : Ring<A> {
   }
 };
 
-// The output pixels, or their gradients, of `step` adjacent source pixels:
+// The output pixels, or their gradients, of `step` adjacent source locations:
 // data[block][dy][s * column + dx][channel].
 template <typename A>
 struct OutputTile {
@@ -392,7 +398,7 @@ struct OutputTile {
     return data + block * block_size + column * scale * blocks.size;
   }
 
-  // Source pixels w to w + count.
+  // Source locations w to w + count.
   void load_block(int64_t block, const Map& map, const Row& at, int64_t w, int64_t count) const {
     for (int64_t dy = 0; dy < scale; ++dy) {
       load_matrix(pixel(block, 0) + dy * row_size, blocks.size,
@@ -414,7 +420,7 @@ struct OutputTile {
   }
 };
 
-// The weights, or their gradients, of a tile of source pixels: data[t][p][lane].
+// The weights, or their gradients, of a tile of source locations: data[t][p][lane].
 template <typename A>
 struct WeightTile {
   int64_t taps, scale, subpixels, tap_size;
@@ -459,7 +465,7 @@ struct WeightTile {
     }
   }
 
-  // Those of source pixels w to w + count, normalized if they are logits.
+  // Those of source locations w to w + count, normalized if they are logits.
   void load(const Weights& weights, const Row& row, int64_t w, int64_t count) const {
     for_matrices(weights, row, w, [&](A* buffer, int64_t buffer_row, const Matrix& m, int64_t n) {
       load_matrix(buffer, buffer_row, m, n, count);
@@ -578,7 +584,7 @@ void correlate(const Ring<A>& features, const int64_t* taps, const OutputTile<A>
                const int64_t* subpixels, int64_t column, const WeightTile<A>& weights, A* grad) {
   Vector<A> sum[T * P] = {};
   for (int64_t block = 0; block < features.blocks.count; ++block) {
-    const A* x = features.pixel(block, w);
+    const A* x = features.window(block, w);
     const A* out = tile.pixel(block, column);
     for (int64_t q = 0; q < features.blocks.vectors_of(block); ++q) {
       Vector<A> y[P];
@@ -603,11 +609,12 @@ constexpr int64_t kLargeOutput = 8 << 20;  // bytes
 template <typename A>
 size_t forward(const Shape& shape, const Map& features, const Weights& weights, const Map& output,
                int64_t begin, int64_t end, char* scratch) {
-  // Source pixels whose output is stored together: long runs of memory, in few tiles of weight_tile.
+  // Source locations whose output is stored together: long runs of memory, in few tiles of weight_tile.
   constexpr int64_t kMostTiles = 6;
   const int64_t most = kMostTiles * kLanes<A>;
-  const int64_t parts = (shape.width + most - 1) / most;
-  const int64_t step = parts ? (shape.width + parts - 1) / parts : 0;
+  const int64_t columns = shape.columns();
+  const int64_t parts = (columns + most - 1) / most;
+  const int64_t step = parts ? (columns + parts - 1) / parts : 0;
 
   Arena arena(scratch);
   const FeatureRing<A> rows(shape, arena);
@@ -616,15 +623,15 @@ size_t forward(const Shape& shape, const Map& features, const Weights& weights, 
   int64_t* taps = arena.take<int64_t>(shape.taps());
   if (!scratch) return arena.used();
 
-  const bool is_large = shape.batch * shape.channels * shape.height * shape.width *
-                            shape.subpixels() * static_cast<int64_t>(sizeof(A)) >
+  const bool is_large = shape.batch * shape.channels * shape.rows() * columns * shape.subpixels() *
+                            static_cast<int64_t>(sizeof(A)) >
                         kLargeOutput;
   for (int64_t index = begin; index < end; ++index) {
     const Row row(shape, index);
     rows.advance(features, row, index == begin || row.h == 0);
     rows.tap_offsets(row.h, taps);
-    for (int64_t w = 0; w < shape.width; w += step) {
-      const int64_t count = minimum(step, shape.width - w);
+    for (int64_t w = 0; w < columns; w += step) {
+      const int64_t count = minimum(step, columns - w);
       for (int64_t i = 0; i < count; i += kLanes<A>) {
         weight_tiles.tile(i / kLanes<A>).load(weights, row, w + i, minimum(kLanes<A>, count - i));
       }
@@ -634,7 +641,7 @@ size_t forward(const Shape& shape, const Map& features, const Weights& weights, 
             const WeightTile<A> own = weight_tiles.tile(i / kLanes<A>);
             for_parts<kSubpixels>(shape.subpixels(), [&](auto subpixels, int64_t p) {
               reassemble<decltype(vectors)::value, decltype(subpixels)::value>(
-                  rows.pixel(block, w + i), taps, own, own.at(0, p) + i % kLanes<A>,
+                  rows.window(block, w + i), taps, own, own.at(0, p) + i % kLanes<A>,
                   tile.pixel(0, i), tile.offsets + p);
             });
           }
@@ -647,11 +654,11 @@ size_t forward(const Shape& shape, const Map& features, const Weights& weights, 
   return arena.used();
 }
 
-// Both gradients in one pass over the source rows; either of them may be missing.
+// Both gradients in one pass over the rows of locations; either of them may be missing.
 //
-// A row of the feature gradient takes its contributions from the source rows in ascending order,
-// whichever thread does it. At both ends of a range, threads visit rows of their neighbors for
-// those taps only that reach into their own.
+// A row of the feature gradient takes its contributions from the rows of locations in ascending
+// order, whichever thread does it. At both ends of a range, threads visit rows of their neighbors
+// for those taps only that reach into the features of their own: `stride` rows for each of theirs.
 template <typename A>
 size_t backward(const Shape& shape, const Map& grad_output, const Map& features,
                 const Weights& weights, const Map* grad_features, const Weights* grad_weights,
@@ -671,8 +678,8 @@ size_t backward(const Shape& shape, const Map& grad_output, const Map& features,
 
   const auto visit = [&](const Row& row, bool is_own, int64_t first_tap, int64_t last_tap) {
     rows.tap_offsets(row.h, taps);
-    for (int64_t w = 0; w < shape.width; w += kLanes<A>) {
-      const int64_t in_tile = minimum(kLanes<A>, shape.width - w);
+    for (int64_t w = 0; w < shape.columns(); w += kLanes<A>) {
+      const int64_t in_tile = minimum(kLanes<A>, shape.columns() - w);
       if (needs_weights) weight_tile.load(weights, row, w, in_tile);
       for (int64_t first = 0; first < in_tile; first += tile.step) {
         const int64_t count = minimum(tile.step, in_tile - first);
@@ -693,7 +700,7 @@ size_t backward(const Shape& shape, const Map& grad_output, const Map& features,
             for (int64_t i = 0; i < count; ++i) {
               for_parts<kSubpixels>(shape.subpixels(), [&](auto subpixels, int64_t p) {
                 scatter<decltype(vectors)::value, decltype(subpixels)::value>(
-                    grad_rows.pixel(block, w + first + i), taps, first_tap, last_tap, weight_tile,
+                    grad_rows.window(block, w + first + i), taps, first_tap, last_tap, weight_tile,
                     weight_tile.at(0, p) + first + i, tile.pixel(block, i), tile.offsets + p);
               });
             }
@@ -709,22 +716,27 @@ size_t backward(const Shape& shape, const Map& grad_output, const Map& features,
 
   while (begin < end) {  // the part of the range that is in one image and group
     const Row start(shape, begin);
-    const int64_t last = minimum(shape.height, start.h + end - begin);
+    const int64_t last = minimum(shape.rows(), start.h + end - begin);
+    const int64_t own_begin = start.h * shape.stride;  // rows of features
+    const int64_t own_end = minimum(shape.height, last * shape.stride);
     const int64_t reach = grad_features ? radius : 0;
     if (grad_features) grad_rows.clear_all();
     Row row = start;
-    for (row.h = start.h - reach; row.h < last + reach; ++row.h) {
+    for (row.h = start.h - reach / shape.stride;
+         row.h < last + (reach + shape.stride - 1) / shape.stride; ++row.h) {
       const bool is_own = row.h >= start.h && row.h < last;
       if (is_own && grad_weights) rows.advance(features, row, row.h == start.h);
-      if (row.h >= 0 && row.h < shape.height) {
-        const int64_t first_u = maximum(0, start.h - (row.h - radius));
-        const int64_t last_u = minimum(shape.kernel, last - (row.h - radius));
+      const int64_t top = row.h * shape.stride - radius;  // of the windows of these locations
+      if (row.h >= 0 && row.h < shape.rows()) {
+        const int64_t first_u = maximum(0, own_begin - top);
+        const int64_t last_u = minimum(shape.kernel, own_end - top);
         visit(row, is_own, first_u * shape.kernel, last_u * shape.kernel);
       }
-      const int64_t complete = row.h - radius;
-      if (grad_features && complete >= start.h) {
-        grad_rows.store_row(*grad_features, row, complete);
-        grad_rows.clear(complete);
+      // Those above the next windows are complete.
+      for (int64_t y = maximum(own_begin, top);
+           grad_features && y < minimum(own_end, top + shape.stride); ++y) {
+        grad_rows.store_row(*grad_features, row, y);
+        grad_rows.clear(y);
       }
     }
     begin += last - start.h;

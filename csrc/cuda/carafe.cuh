@@ -3,7 +3,7 @@
 //   contiguous.cuh     (N, C, H, W) in memory: a lane is a source location
 //   tensor_cores.cuh   the same for half types, where the GPU has the instructions
 //   channels_last.cuh  (N, H, W, C) in memory: a lane is some channels
-//   general.cuh        whatever those three leave out
+//   general.cuh        whatever those leave out, and downsampling
 //
 // None uses atomics, so results are bitwise the same from run to run. A Launcher stands for the
 // device; the one of carafe_cuda.cu is CUDA's, that of tests/cuda_emulation runs on the host:
@@ -36,14 +36,15 @@ void forward(Launcher& launcher, const Shape& shape, const Map& features, const 
     if constexpr (kSpecialized<Types>) {
       using T = typename Types::Feature;
       if constexpr (kHalfType<Types>) {
-        if (!shape.channels_last &&
+        if (shape.stride == 1 && !shape.channels_last &&
             tensor_cores::forward<T>(launcher, shape, features, weights, output)) {
           return;
         }
       }
-      if (shape.channels_last
-              ? channels_last::forward<T>(launcher, shape, features, weights, output)
-              : contiguous::forward<T>(launcher, shape, features, weights, output)) {
+      if (shape.stride == 1 &&
+          (shape.channels_last
+               ? channels_last::forward<T>(launcher, shape, features, weights, output)
+               : contiguous::forward<T>(launcher, shape, features, weights, output))) {
         return;
       }
     }
@@ -60,16 +61,17 @@ void backward(Launcher& launcher, const Shape& shape, const Map& grad_output, co
     if constexpr (kSpecialized<Types>) {
       using T = typename Types::Feature;
       if constexpr (kHalfType<Types>) {
-        if (!shape.channels_last &&
+        if (shape.stride == 1 && !shape.channels_last &&
             tensor_cores::backward<T>(launcher, shape, grad_output, features, weights,
                                       grad_features, grad_weights)) {
           return;
         }
       }
-      if (shape.channels_last ? channels_last::backward<T>(launcher, shape, grad_output, features,
-                                                           weights, grad_features, grad_weights)
-                              : contiguous::backward<T>(launcher, shape, grad_output, features,
-                                                        weights, grad_features, grad_weights)) {
+      if (shape.stride == 1 &&
+          (shape.channels_last ? channels_last::backward<T>(launcher, shape, grad_output, features,
+                                                            weights, grad_features, grad_weights)
+                               : contiguous::backward<T>(launcher, shape, grad_output, features,
+                                                         weights, grad_features, grad_weights))) {
         return;
       }
     }

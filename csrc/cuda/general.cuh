@@ -22,12 +22,12 @@ struct Pixel {
 };
 
 CARAFE_HOST_DEVICE int64_t pixel_count(const Shape& shape) {
-  return shape.batch * shape.groups * shape.height * shape.scale * shape.width * shape.scale;
+  return shape.batch * shape.groups * shape.rows() * shape.scale * shape.columns() * shape.scale;
 }
 
 // The pixel with this index in the order (n, g, y, x).
 __device__ __forceinline__ Pixel pixel_at(const Shape& shape, int64_t index) {
-  const int64_t width = shape.width * shape.scale, height = shape.height * shape.scale;
+  const int64_t width = shape.columns() * shape.scale, height = shape.rows() * shape.scale;
   const int64_t x = index % width, y = index / width % height, plane = index / width / height;
   return {plane / shape.groups, plane % shape.groups, y / shape.scale,
           x / shape.scale,      y % shape.scale,      x % shape.scale};
@@ -36,7 +36,7 @@ __device__ __forceinline__ Pixel pixel_at(const Shape& shape, int64_t index) {
 __device__ __forceinline__ int64_t index_of(const Shape& shape, const Pixel& pixel) {
   const int64_t y = pixel.h * shape.scale + pixel.dy, x = pixel.w * shape.scale + pixel.dx;
   const int64_t plane = pixel.n * shape.groups + pixel.g;
-  return (plane * shape.height * shape.scale + y) * shape.width * shape.scale + x;
+  return (plane * shape.rows() * shape.scale + y) * shape.columns() * shape.scale + x;
 }
 
 __device__ __forceinline__ int64_t weights_offset(const Weights& weights, const Pixel& pixel) {
@@ -84,7 +84,7 @@ __device__ __forceinline__ A weight_of(const Weights& weights, const W* tap,
 // threads take adjacent channels, otherwise they take adjacent pixels; either way their accesses
 // coalesce.
 struct Channels {
-  int64_t item;  // index of the pixel or location
+  int64_t item;  // index of the pixel
   int64_t first, step, count;
 };
 
@@ -116,10 +116,10 @@ __global__ void __launch_bounds__(kThreads, 1)
                       pixel.g * shape.group_channels() * features.channel_stride;
     A sum[kChannels] = {};
     for (int64_t u = 0; u < shape.kernel; ++u) {
-      const int64_t y = pixel.h + u - radius;
+      const int64_t y = pixel.h * shape.stride + u - radius;
       if (y < 0 || y >= shape.height) continue;
       for (int64_t v = 0; v < shape.kernel; ++v) {
-        const int64_t x = pixel.w + v - radius;
+        const int64_t x = pixel.w * shape.stride + v - radius;
         if (x < 0 || x >= shape.width) continue;
         const A weight =
             weight_of(weights, taps + (u * shape.kernel + v) * weights.tap_stride, normalizer);
@@ -153,28 +153,36 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// Gradient of the features, gathered from the output pixels that a location contributed to; a
-// thread computes one location of up to kChannels channels.
+// The last row (or column) of taps through which some location reaches row y (or column) of the
+// features. The next location does so by a tap that is `stride` rows before.
+__device__ __forceinline__ int64_t last_tap(const Shape& shape, int64_t y) {
+  const int64_t last = shape.kernel - 1, first = (y + shape.radius()) % shape.stride;
+  return last - (last - first + shape.stride) % shape.stride;
+}
+
+// Gradient of the features, gathered from the output pixels that a pixel of theirs contributed to;
+// a thread computes one such pixel of up to kChannels channels.
 template <typename A, typename T, typename W>
 __global__ void __launch_bounds__(kThreads, 1)
     backward_features_kernel(Shape shape, Map grad_output, Weights weights,
                              const Normalizer<A>* normalizers, Map grad_features) {
-  const int64_t locations = shape.batch * shape.groups * shape.height * shape.width;
-  const int64_t threads = locations * channel_blocks(shape), radius = shape.radius();
+  const int64_t pixels = shape.batch * shape.groups * shape.height * shape.width;
+  const int64_t threads = pixels * channel_blocks(shape), radius = shape.radius();
   for (int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; index < threads;
        index += int64_t(gridDim.x) * blockDim.x) {
-    const Channels channels = channels_at(shape, locations, index);
+    const Channels channels = channels_at(shape, pixels, index);
     const int64_t x = channels.item % shape.width;
     const int64_t y = channels.item / shape.width % shape.height;
     const int64_t plane = channels.item / shape.width / shape.height;
     const int64_t n = plane / shape.groups, g = plane % shape.groups;
+    const int64_t last_row = last_tap(shape, y), first_h = (y + radius - last_row) / shape.stride;
+    const int64_t last_column = last_tap(shape, x);
+    const int64_t first_w = (x + radius - last_column) / shape.stride;
     A sum[kChannels] = {};
-    for (int64_t u = shape.kernel - 1; u >= 0; --u) {
-      const int64_t h = y - u + radius;
-      if (h < 0 || h >= shape.height) continue;
-      for (int64_t v = shape.kernel - 1; v >= 0; --v) {
-        const int64_t w = x - v + radius;
-        if (w < 0 || w >= shape.width) continue;
+    for (int64_t u = last_row, h = first_h; u >= 0; u -= shape.stride, ++h) {
+      if (h < 0 || h >= shape.rows()) continue;
+      for (int64_t v = last_column, w = first_w; v >= 0; v -= shape.stride, ++w) {
+        if (w < 0 || w >= shape.columns()) continue;
         for (int64_t p = 0; p < shape.subpixels(); ++p) {
           const Pixel pixel{n, g, h, w, p / shape.scale, p % shape.scale};
           const W* tap = static_cast<const W*>(weights.data) + weights_offset(weights, pixel) +
@@ -210,7 +218,8 @@ template <typename A, typename T>
 __device__ __forceinline__ A weight_gradient(const Shape& shape, const Map& grad_output,
                                              const Map& features, const Pixel& pixel, int64_t u,
                                              int64_t v) {
-  const int64_t y = pixel.h + u - shape.radius(), x = pixel.w + v - shape.radius();
+  const int64_t y = pixel.h * shape.stride + u - shape.radius();
+  const int64_t x = pixel.w * shape.stride + v - shape.radius();
   if (y < 0 || y >= shape.height || x < 0 || x >= shape.width) return 0;
   const T* gradient =
       static_cast<const T*>(grad_output.data) + output_offset(shape, grad_output, pixel);
@@ -301,8 +310,8 @@ void backward(Launcher& launcher, const Shape& shape, const Map& grad_output, co
   using W = typename Types::Weight;
   const Normalizer<A>* normalizer = normalizers<Types>(launcher, shape, weights);
   if (grad_features) {
-    const int64_t locations = shape.batch * shape.groups * shape.height * shape.width;
-    launcher.launch(backward_features_kernel<A, T, W>, grid(locations * channel_blocks(shape)),
+    const int64_t pixels = shape.batch * shape.groups * shape.height * shape.width;
+    launcher.launch(backward_features_kernel<A, T, W>, grid(pixels * channel_blocks(shape)),
                     kThreads, shape, grad_output, weights, normalizer, *grad_features);
   }
   if (grad_weights) {

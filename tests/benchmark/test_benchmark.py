@@ -18,7 +18,11 @@ from carafe_d2.benchmark import measure, peers, report, upsampling
 from carafe_d2.benchmark.upsampling import FORWARD, FORWARD_BACKWARD
 from carafe_d2.errors import UserError
 from carafe_d2.files import MarkdownBlock
-from carafe_d2.reference import carafe_upsample_naive
+from carafe_d2.reference import (
+    carafe_downsample_naive,
+    carafe_downsample_softmax_naive,
+    carafe_upsample_naive,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,12 +61,16 @@ def test_runs_on_a_gpu(tmp_path):
 
 def test_json_holds_every_candidate_of_every_case(quick_run):
     found = {(r["case"], r["pass"], r["candidate"]) for r in quick_run.results}
-    candidates = ["copy", "matmul", *upsampling.standard_candidates()]
-    candidates = [name for name in candidates if "compiled" not in name]
-    cases = upsampling.QUICK_CASES
-    assert found == {(c, p, n) for c in cases for p in upsampling.PASSES for n in candidates}
+    candidates = [n for n in upsampling.standard_candidates() if "compiled" not in n]
+    up, down = ([n for n in candidates if n.startswith("down") == d] for d in (False, True))
+    assert found == {
+        (case, pass_, name)
+        for case in upsampling.QUICK_CASES
+        for pass_ in upsampling.PASSES
+        for name in ("copy", "matmul", *(down if case == "tiny_down" else up))
+    }
     assert len(found) == len(quick_run.results)
-    assert {f"upsampler/{name}" for name in upsampling.UPSAMPLERS} < set(candidates)
+    assert {f"upsampler/{name}" for name in upsampling.UPSAMPLERS} < set(up)
 
 
 def test_json_fields_are_consistent(quick_run):
@@ -107,9 +115,10 @@ def test_prints_and_inserts_a_table_for_each_case(quick_run):
         assert quick_run.process.stdout.count(f"\n{case}: features ") == 1
         assert page.count(f"**{case}: features ") == 1
     for name in upsampling.standard_candidates(with_peers=False):
-        assert quick_run.process.stdout.count(f"\n{name} ") == 2
-        assert page.count(f"\n| {name} ") == 2
-    assert quick_run.process.stdout.count("page faults in a call: at most ") == 2
+        cases = 1 if name.startswith("down") else 2
+        assert quick_run.process.stdout.count(f"\n{name} ") == cases
+        assert page.count(f"\n| {name} ") == cases
+    assert quick_run.process.stdout.count("page faults in a call: at most ") == 3
     assert "upsampler/unfold_module: not measured, has one group only" in page
 
 
@@ -148,8 +157,8 @@ def test_only_detectors_need_detectron2(tmp_path):
 def test_every_dtype_and_layout_runs(dtype, layout):
     candidates = upsampling.standard_candidates().values()  # tiny is not for compiled ones
     run = upsampling.Benchmark(candidates, CPU, 1e-4, skip=100, quick=True).run
-    case = upsampling.QUICK_CASES["tiny"]
-    results = list(run(case, dtype, layout))
+    cases = [upsampling.QUICK_CASES[name] for name in ("tiny", "tiny_down")]
+    results = [result for case in cases for result in run(case, dtype, layout)]
     assert [r.candidate for r in results if r.skipped and "mmcv" not in r.candidate] == []
 
 
@@ -200,10 +209,19 @@ def test_interpolation_reads_its_input_only_once():
 
 # --- peers --------------------------------------------------------------------------------------
 
-DEFINITIONS = {"operator": carafe_naive, "fused": carafe_upsample_naive}
+DEFINITIONS = {
+    "operator": carafe_naive,
+    "fused": carafe_upsample_naive,
+    "down_operator": carafe_downsample_naive,
+    "down_fused": carafe_downsample_softmax_naive,
+}
 SAME_AS_CARAFE = {
     "operator/shift_and_add": peers.shift_and_add,
-    **{n: p.build for n, p in peers.PEERS.items() if p.is_carafe and "naive" not in n},
+    **{
+        n: p.build
+        for n, p in peers.PEERS.items()
+        if p.is_carafe and "naive" not in n and "module" not in n
+    },
 }
 
 
@@ -211,9 +229,10 @@ SAME_AS_CARAFE = {
 @pytest.mark.parametrize(("kernel", "group", "scale"), [(5, 1, 2), (3, 2, 3), (1, 4, 1)])
 @pytest.mark.parametrize("name", SAME_AS_CARAFE)
 def test_peer_computes_carafe(name, kernel, group, scale, layout):
-    case = upsampling.Case("any", (2, 8, 5, 4), kernel, group, scale)
+    down = name.startswith("down")
+    case = upsampling.Case("any", (2, 8, 5, 4), kernel, group, scale, downsampling=down)
     inputs = upsampling.Inputs(case, torch.float64, layout, CPU)
-    kernels = inputs.masks if name.startswith("operator") else inputs.logits
+    kernels = inputs.masks if "operator/" in name else inputs.logits
     results = []
     for function in (SAME_AS_CARAFE[name], DEFINITIONS[name.split("/")[0]]):
         out = function(inputs.features, kernels, *case.sizes)
@@ -252,6 +271,24 @@ def test_carafe_convolutions_are_those_of_the_pack():
     )
     x = torch.randn(case.shape)
     torch.testing.assert_close(pack(x), carafe_upsample(x, convolutions(x), 5, 1, 2))
+
+
+def test_downsamplers_put_out_the_same_size_and_unfold_the_same_values():
+    case = upsampling.QUICK_CASES["tiny_down"]
+    built = {
+        name: candidate.build(8, *(case.sizes[i] for i in (2, 0, 1)))
+        for name, candidate in upsampling.standard_candidates().items()
+        if candidate.group == "downsampler"
+    }
+    x = torch.randn(case.shape)
+    shapes = {name: module(x).shape for name, module in built.items()}
+    assert shapes.pop("downsampler/carafe_convolutions") == (2, 2 * 9, 2, 2)
+    assert {*shapes.values()} == {(2, 8, 2, 2)}
+    ours, theirs = (built[f"downsampler/{name}"] for name in ("carafe", "unfold_module"))
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x))
+    ones = built["downsampler/blur_pool"](torch.ones(case.shape))
+    torch.testing.assert_close(ones, torch.ones(2, 8, 2, 2))
 
 
 def test_dysample_without_offsets_is_bilinear():
@@ -461,7 +498,9 @@ def test_errors_of_peers_are_noted_and_those_of_carafe_are_not():
         (["--shape", "1", "6", "4", "4", "--group", "4"], "--group: expected a divisor of the 6"),
         (["--shape", "1", "6", "4", "4", "--kernel", "4"], "--kernel: expected an odd number"),
         (["--shape", "1", "6", "4", "4", "--cases", "p3"], "--shape replaces the standard cases"),
+        (["--downsampling"], "--downsampling goes with --shape only"),
         (["--training"], "--training goes with --detector only"),
+        (["--runtimes", "onnxruntime"], "--runtimes goes with --detector only"),
         (["--detector", "--cases", "p3"], "--cases does not go with --detector"),
         (["--detector", "--layout", "contiguous", "channels_last"], "takes one --layout"),
         (["--detector", "yolo"], "--detector: expected a YAML file or one of .*, got 'yolo'"),
@@ -484,7 +523,7 @@ ALL_PEERS = [*peers.PEERS, *peers.compiled_peers()]
 @pytest.mark.parametrize(
     ("patterns", "names"),
     [
-        (["carafe"], ["operator/carafe", "upsampler/carafe"]),
+        (["carafe"], ["operator/carafe", "upsampler/carafe", "downsampler/carafe"]),
         (["fused/*"], ["fused/carafe_upsample", *(n for n in ALL_PEERS if n[0] == "f")]),
         (["near*", "operator/carafe"], ["operator/carafe", "upsampler/nearest"]),
     ],
@@ -555,30 +594,47 @@ def small_configs(tmp_path_factory):
     return [str(baseline), str(carafe)]
 
 
-def test_detectors_and_their_baselines(small_configs, tmp_path, capsys):
+def test_detectors_and_their_baselines(small_configs, tmp_path, capsys, monkeypatch):
+    from carafe_d2.benchmark import __main__, detectors
+    from carafe_d2.export import TensorDetector
+
+    def missing(model, folder):
+        raise UserError("pip install onnxruntime")
+
+    runtimes = dict(zip(__main__.RUNTIMES, (missing, lambda m, _: TensorDetector(m)), strict=True))
+    assert runtimes.keys() == detectors.RUNTIMES.keys()
+    monkeypatch.setattr(detectors, "RUNTIMES", runtimes)
     page = tmp_path / "page.md"
     page.write_text(PAGE.format("detectors cpu"))
     options = ["--quick", "--training", "--device", "cpu", "--size", "96", "128"]
     options += ["--output", str(tmp_path), "--markdown", str(page)]
-    benchmark.main(["--detector", *small_configs, *options])
+    benchmark.main(["--detector", *small_configs, *options, "--runtimes", *runtimes])
     content = json.loads((tmp_path / "detectors.json").read_text())
     assert content["settings"]["weights"] == "random, seed 0"
     results = {(r["mode"], r["config"]): r for r in content["results"]}
-    modes, names = ("inference", "training"), ("small", "small_carafe")
-    assert list(results) == [(mode, name) for mode in modes for name in names]
-    for (mode, _), result in results.items():
+    names = ["small", "small_carafe"]
+    rows = [f"{name}{suffix}" for name in names for suffix in ("", *(f", {r}" for r in runtimes))]
+    assert [name for mode, name in results if mode == "inference"] == rows
+    assert [name for mode, name in results if mode == "training"] == names
+    for (mode, name), result in results.items():
+        if "onnxruntime" in name:
+            assert result["skipped"] == "pip install onnxruntime"
+            assert result["milliseconds"] is None
+            continue
         assert result["images_per_second"] == pytest.approx(1e3 / result["milliseconds"])
-        assert result["baseline"] == "small"
+        detector, _, runtime = name.partition(", ")
+        assert result["baseline"] == (detector if runtime else "small")
         assert result["rounds"] >= 3
-        assert result["gflops"] > 0
+        assert runtime or result["gflops"] > 0
         # as many as the config lets through, so the mask head has the same work in both models
         assert result["objects"] == (20 if mode == "inference" else 12)
         # a detector that is said to be faster takes less time in the same table
-        baseline = results[mode, "small"]["milliseconds"]
+        baseline = results[mode, result["baseline"]]["milliseconds"]
         assert result["speed"] == pytest.approx(baseline / result["milliseconds"])
     assert results["training", "small"]["gflops"] > 2 * results["inference", "small"]["gflops"]
     output = capsys.readouterr().out
     assert "inference, one image of 96x128, random weights" in output
+    assert "\nsmall, onnxruntime: not measured, pip install onnxruntime\n" in output
     assert "| small_carafe | " in page.read_text()
 
 

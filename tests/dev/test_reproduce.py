@@ -18,8 +18,9 @@ from dev import reproduce
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "dev" / "reproduce.py"
 RESULTS = json.loads((ROOT / "docs" / "results.json").read_text())["rows"]
-UPERNET = [row for row in RESULTS if row["model"] == "UPerNet"]
-DETECTORS = [row for row in RESULTS if row not in UPERNET]
+UPERNET = [row for row in RESULTS if row["table"] == "upernet"]
+DETECTORS = [row for row in RESULTS if row["table"] == "mmdetection"]
+ABLATIONS = [row for row in RESULTS if row not in UPERNET + DETECTORS]
 CONFIG = "configs/shapes_mask_rcnn_R18_FPN_carafe.yaml"
 SMALL = [
     *("INPUT.MIN_SIZE_TEST", "64", "MODEL.DEVICE", "cpu"),
@@ -49,38 +50,105 @@ def test_rows_are_those_of_the_published_tables():
 
 def test_rows_of_upernet_are_all_combinations_of_its_parts():
     published = {
-        tuple(row["carafe_in"]): reproduce.figures(row["published"])
-        for row in UPERNET
-        if row["published"]
+        row["variant"]: reproduce.figures(row["published"]) for row in UPERNET if row["published"]
     }
     assert published == {
-        (): "40.44 / 79.80",
-        ("pyramid pooling",): "40.85",
-        ("pyramid",): "40.79",
-        ("fusion",): "41.06",
-        ("pyramid pooling", "pyramid", "fusion"): "42.23 / 80.34",
+        "none": "40.44 / 79.80",
+        "pyramid pooling": "40.85",
+        "pyramid": "40.79",
+        "fusion": "41.06",
+        "pyramid pooling, pyramid, fusion": "42.23 / 80.34",
     }
     combinations, folders = set(), set()
     for row in UPERNET:
-        cfg = load_config(str(ROOT / row["training_config"]), row["training_overrides"])
-        combinations.add(tuple(row["carafe_in"]))
+        cfg = load_config(str(ROOT / row["training_config"]), reproduce.training_overrides(row))
+        combinations.add(row["variant"])
         folders.add(cfg.OUTPUT_DIR)
-        assert row["carafe_in"] == [
-            part
-            for key, part in (("PPM", "pyramid pooling"), ("FPN", "pyramid"), ("FUSE", "fusion"))
-            if cfg.MODEL.UPERNET[f"{key}_UPSAMPLE"] == "carafe"
+        parts = {"PPM": "pyramid pooling", "FPN": "pyramid", "FUSE": "fusion"}
+        with_carafe = [
+            part for key, part in parts.items() if cfg.MODEL.UPERNET[f"{key}_UPSAMPLE"] == "carafe"
         ]
+        assert row["variant"] == (", ".join(with_carafe) or "none")
         command = reproduce.evaluation_command(row, "model.pth")
         assert command == [
             *("train_net.py", "--config-file", row["training_config"], "--eval-only"),
-            *("MODEL.WEIGHTS", "model.pth", *row["training_overrides"]),
+            *("MODEL.WEIGHTS", "model.pth", *reproduce.training_overrides(row)),
         ]
     assert len(combinations) == len(folders) == len(UPERNET) == 2**3
 
 
+def test_rows_of_the_papers_other_tables():
+    published = {
+        (row["table"], row["model"], row["variant"]): reproduce.figures(row["published"])
+        for row in ABLATIONS
+        if row["published"]
+    }
+    faster, mask, both = "Faster R-CNN", "Mask R-CNN", "pyramid, mask head"
+    assert published == {
+        ("test_dev", faster, "none"): "36.9",
+        ("test_dev", faster, "pyramid"): "38.1",
+        ("test_dev", mask, "none"): "37.8 / 34.6",
+        ("test_dev", mask, both): "38.8 / 35.9",
+        ("placement", mask, "none"): "37.4 / 34.2",
+        ("placement", mask, "pyramid"): "38.6 / 35.2",
+        ("placement", mask, "mask head"): "37.3 / 34.7",
+        ("placement", mask, both): "38.6 / 35.7",
+        ("pyramid_upsampler", faster, "nearest"): "36.5",
+        ("pyramid_upsampler", faster, "carafe"): "37.8",
+        ("mask_head_upsampler", mask, "deconv"): "37.4 / 34.2",
+        ("mask_head_upsampler", mask, "carafe"): "37.3 / 34.7",
+        ("kernels", faster, "3, 5"): "37.8",
+        ("compressor", faster, "64"): "37.8",
+        ("normalizer", faster, "softmax"): "37.8",
+        ("inpainting", "Global&Local", "deconv"): "19.58",
+        ("inpainting", "Global&Local", "carafe"): "20.71",
+        ("inpainting", "Partial Conv", "nearest"): "20.78",
+        ("inpainting", "Partial Conv", "carafe"): "20.98",
+    }
+
+
+def variant_of(cfg, table):
+    """What tells a row of a table from the others, by its config."""
+    model, carafe = cfg.MODEL, cfg.MODEL.CARAFE
+    pyramid = "carafe" in model.BACKBONE.NAME and model.FPN.UPSAMPLE
+    head = model.MASK_ON and model.ROI_MASK_HEAD.UPSAMPLE
+    if table == "mask_head_upsampler":
+        assert not pyramid
+        return head
+    if table in ("test_dev", "placement"):
+        parts = {"pyramid": pyramid, "mask head": head}
+        return ", ".join(part for part, name in parts.items() if name == "carafe") or "none"
+    return {
+        "pyramid_upsampler": pyramid,
+        "kernels": f"{carafe.ENCODER_KERNEL}, {carafe.UP_KERNEL}",
+        "compressor": str(carafe.COMPRESSED_CHANNELS or "no compressor"),
+        "normalizer": carafe.NORMALIZER,
+        "inpainting": model.INPAINT.UPSAMPLE,
+    }[table]
+
+
+def test_configs_of_these_rows_are_their_variants():
+    trainings = {}
+    for row in ABLATIONS:
+        cfg = load_config(str(ROOT / reproduce.config_of(row)), reproduce.overrides_of(row))
+        assert variant_of(cfg, row["table"]) == row["variant"], row["name"]
+        kind = {"Faster R-CNN": False, "Mask R-CNN": True}.get(row["model"])
+        assert kind is None or (kind, "LegacyRCNN") == (
+            cfg.MODEL.MASK_ON,
+            cfg.MODEL.META_ARCHITECTURE,
+        )
+        test_dev = cfg.DATASETS.TEST == ("coco_2017_test-dev",)
+        assert test_dev == (row["table"] == "test_dev")
+        # Models that are the same are trained once, and others never into the same folder.
+        trainings.setdefault(cfg.OUTPUT_DIR, set()).add(tuple(reproduce.training_command(row)))
+    assert all(len(commands) == 1 for commands in trainings.values())
+    commands = {command for (command,) in trainings.values()}
+    assert len(commands) == len(trainings)
+
+
 @pytest.mark.parametrize("row", DETECTORS, ids=lambda row: row["name"])
 def test_config_of_a_row_is_the_model_of_the_row(row):
-    cfg = load_config(str(ROOT / row["config"]), row["overrides"])
+    cfg = load_config(str(ROOT / reproduce.config_of(row)), reproduce.overrides_of(row))
     assert ("mask" in row["name"]) == cfg.MODEL.MASK_ON
     assert (row["year"] == 2019) == (cfg.MODEL.META_ARCHITECTURE == "LegacyRCNN")
     proposals = (cfg.MODEL.RPN.PRE_NMS_TOPK_TEST, cfg.MODEL.RPN.POST_NMS_TOPK_TEST)
@@ -100,12 +168,11 @@ def test_page_is_up_to_date(tmp_path):
 
 def test_page_says_where_a_row_was_measured():
     measured = {"box AP": 38.5, "machine": "a fast one", "devices": 2, "detectron2": "0.6"}
-    rows = [{**row, "measured": {"published": None, "trained": measured}} for row in RESULTS[:2]]
-    content = reproduce.page_content([*rows, *RESULTS[2:]])
+    rows = [{**RESULTS[i], "measured": {"trained": measured}} for i in (0, -1)]
+    content = reproduce.page_content([rows[0], *RESULTS[1:-1], rows[1]])
     assert content.count("| 38.5 ") == 2
     for row in rows:
-        assert f"- `{row['name']}`, trained: 2 x a fast one, Detectron2 0.6.\n" in content
-    assert content.count("nobody has measured") == 1
+        assert f"- `{row['name']}`, trained: 2 x a fast one, Detectron2 0.6." in content
 
 
 # --- what Detectron2 prints ---------------------------------------------------------------------
@@ -139,6 +206,17 @@ def test_metrics_of_semantic_segmentation():
     assert reproduce.figures({**result, "images/s": 3.0}) == "42.23 / 80.34 (3.0 images/s)"
 
 
+def test_metrics_of_inpainting():
+    log = """\
+[01/01 00:00:00 d2.evaluation.testing]: copypaste: Task: inpainting
+[01/01 00:00:00 d2.evaluation.testing]: copypaste: L1,PSNR
+[01/01 00:00:00 d2.evaluation.testing]: copypaste: 5.9123,20.7149
+"""
+    result = reproduce.metrics(log)
+    assert result == {"L1": 5.91, "PSNR": 20.71}
+    assert reproduce.figures(result) == "20.71 / 5.91"
+
+
 def test_no_ap_is_no_result():
     for log in ("", LOG.replace("39.3123", "nan")):
         with pytest.raises(UserError, match="no AP"):
@@ -166,6 +244,7 @@ HOST = "http://127.0.0.1:9"
 def row(name, checkpoint="shapes.pth", config=CONFIG, overrides=(), training_config=CONFIG):
     return {
         "name": name,
+        "table": "mmdetection",
         "model": "Mask R-CNN w/ CARAFE",
         "year": 2020,
         "proposals": 100,
@@ -174,7 +253,6 @@ def row(name, checkpoint="shapes.pth", config=CONFIG, overrides=(), training_con
         "training_config": training_config,
         "checkpoint": f"{HOST}/{checkpoint}",
         "published": {"box AP": 54.0, "mask AP": 41.3},
-        "measured": {"published": None, "trained": None},
     }
 
 
@@ -221,8 +299,8 @@ def test_rows_that_can_be_measured_are(arguments_for, tmp_path):
     assert result["images/s"] > 0
     assert result["devices"] == 1
     assert f"PyTorch {torch.__version__}" in result["machine"]
-    assert rows[0]["measured"]["trained"] is None
-    assert [r["measured"]["published"] for r in rows[1:]] == [None] * 3
+    assert rows[0]["measured"].keys() == {"published"}
+    assert not any("measured" in r for r in rows[1:])
 
     figures = reproduce.figures(result)
     assert page.startswith("# Before\n") and page.endswith("# After\n") and "old" not in page

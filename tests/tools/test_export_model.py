@@ -73,6 +73,9 @@ def check(run, model: nn.Module) -> None:
 def test_program_detects_the_same(program, model):
     operator = torch.ops.carafe_d2.carafe_upsample.default
     assert sum(node.target is operator for node in program.graph.nodes) == 5
+    # AOTInductor needs it, although the model is channels_last.
+    weights = program.state_dict.values()
+    assert all(weight.stride() == torch.empty(weight.shape).stride() for weight in weights)
     check(program.module(), model)
 
 
@@ -136,7 +139,7 @@ def test_part_that_cannot_be_exported_is_named():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--format", "caffe2"], "--format must be one of onnx, torch_export, torchscript"),
+        (["--format", "caffe2"], "--format must be one of onnx, aotinductor, torch_export"),
         (["--format", "torch_export", "--inline"], "--inline goes with --format onnx only"),
         (["--sample-image", "a.png"], "--sample-image goes with --format torchscript only"),
         (["--format", "torchscript", "--sample-image", "a.png"], "cannot read image a.png"),
