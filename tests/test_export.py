@@ -213,7 +213,7 @@ def test_package_runs_without_python(tmp_path):
         ):
             torch.testing.assert_close(run(images), model(images))
 
-    (script,) = re.findall(r"```sh\n(torch=.*?)```", (root / "docs/export.md").read_text(), re.S)
+    (script,) = re.findall(r"```bash\n(torch=.*?)```", (root / "docs/export.md").read_text(), re.S)
     (tmp_path / "docs").symlink_to(root / "docs")
     (tmp_path / "carafe_d2").mkdir()
     (tmp_path / "carafe_d2/_C.so").symlink_to(collect_env.LIBRARY)
