@@ -360,9 +360,11 @@ def save_package(program: torch.export.ExportedProgram, path: str | Path) -> Non
     # channels_last, and a convolution reads what another one wrote in the wrong order.
     configs = {"layout_optimization": False}
     try:
-        torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs=configs
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torchvision's
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs=configs
+            )
     except Exception as error:  # of two compilers, of any kind
         raise UserError(f"AOTInductor cannot compile it: {first_line(error)}") from error
 

@@ -104,8 +104,14 @@ struct Tile {
     n = index / static_cast<unsigned>(shape.groups);
   }
 
-  __device__ __forceinline__ int row(int location) const { return h + location / kTileWidth; }
-  __device__ __forceinline__ int column(int location) const { return w + location % kTileWidth; }
+  // The order of locations, and so of lanes: first the even rows, then the odd ones, see Window.
+  CARAFE_HOST_DEVICE static int row_of(int location) {
+    return location / kTileWidth % 2 * 2 + location / kTileWidth / 2;
+  }
+  CARAFE_HOST_DEVICE static int column_of(int location) { return location % kTileWidth; }
+
+  __device__ __forceinline__ int row(int location) const { return h + row_of(location); }
+  __device__ __forceinline__ int column(int location) const { return w + column_of(location); }
   __device__ __forceinline__ bool has(const Shape& shape, int location) const {
     return row(location) < shape.height && column(location) < shape.width;
   }
@@ -121,9 +127,10 @@ template <int k, typename T>
 class Window {
  public:
   static constexpr int kWidth = kTileWidth + k - 1, kHeight = kTileHeight + k - 1;
-  // Rows of a pitch of 24 (8 modulo 32) lie in different banks for the four rows of a warp.
-  static constexpr int kPitch = 24;
-  static constexpr int kSize = kHeight * kPitch * kStage<k>;
+  // In which lanes of different rows meet in no bank. Two channels are read by half of a warp at
+  // once, which has two rows with another between them; with k = 5, they are stored without a gap.
+  static constexpr int kPitch = kStage<k> == 2 ? 12 : 24;
+  static constexpr int kSize = kHeight * kPitch;  // vectors of kStage channels
 
   __device__ __forceinline__ Window(const Shape& shape, const Map& features, const Tile& tile,
                                     int64_t first_channel, int lane)
@@ -154,10 +161,8 @@ class Window {
     }
   }
 
-  // Where the channels of a location are.
-  CARAFE_HOST_DEVICE static int index(int row, int column) {
-    return (row * kPitch + column) * kStage<k>;
-  }
+  // Where the vector of a location's channels is.
+  CARAFE_HOST_DEVICE static int index(int row, int column) { return row * kPitch + column; }
 
   __device__ __forceinline__ void store(const SharedArray<float>& shared, int begin,
                                         int lane) const {
@@ -165,7 +170,8 @@ class Window {
     for (int i = 0; i < kLoads; ++i) {
       const int position = lane + i * kWarpSize;
       if (position >= kWidth * kHeight) continue;
-      shared.set(begin + index(position / kWidth, position % kWidth), values_[i]);
+      // With this factor the compiler knows that it is aligned, and stores it at once.
+      shared.set(kStage<k> * (begin + index(position / kWidth, position % kWidth)), values_[i]);
     }
   }
 
@@ -180,10 +186,10 @@ class Window {
 
 // Floats of shared memory for the windows of a warp.
 template <int k, typename T>
-constexpr int kWindows = 2 * Window<k, T>::kSize;
+constexpr int kWindows = 2 * kStage<k> * Window<k, T>::kSize;
 
 // Calls prefetch(count) and then body(count, corner) for every kStage channels of a warp, of which
-// `count` are left and those beyond are zero: `corner` is the index in shared memory of the features
+// `count` are left and those beyond are zero: `corner` is the vector in shared memory of the features
 // under the lane's first tap. The windows of the block begin at `windows`.
 template <int k, typename T, typename Prefetch, typename Body>
 __device__ __forceinline__ void for_channels(Window<k, T>& window, int count,
@@ -191,8 +197,8 @@ __device__ __forceinline__ void for_channels(Window<k, T>& window, int count,
                                              int warp, int lane, const Prefetch& prefetch,
                                              const Body& body) {
   constexpr int kSize = Window<k, T>::kSize;
-  const int corner = Window<k, T>::index(lane / kTileWidth, lane % kTileWidth);
-  const int first = windows + warp * 2 * kSize;
+  const int corner = Window<k, T>::index(Tile::row_of(lane), Tile::column_of(lane));
+  const int first = windows / kStage<k> + warp * 2 * kSize;
   int buffer = first;
   window.load(count);
   for (; count > 0; count -= kStage<k>) {
@@ -270,8 +276,8 @@ __global__ void __launch_bounds__(kForwardWarps* kWarpSize, kForwardBlocks)
         float sums[kStage<k>][P] = {};
 #pragma unroll
         for (int t = 0; t < kTaps; ++t) {
-          const auto features =
-              shared.template get<kStage<k>>(corner + Window<k, T>::index(t / k, t % k));
+          const auto features = shared.template get<kStage<k>>(
+              kStage<k> * (corner + Window<k, T>::index(t / k, t % k)));
 #pragma unroll
           for (int c = 0; c < kStage<k>; ++c) {
 #pragma unroll
@@ -324,8 +330,8 @@ __device__ __forceinline__ void backward_tile(const Shape& shape, const Map& gra
       [&](int, int corner) {
 #pragma unroll
         for (int t = 0; t < kTaps; ++t) {
-          const auto features =
-              shared.template get<kStage<k>>(corner + Window<k, T>::index(t / k, t % k));
+          const auto features = shared.template get<kStage<k>>(
+              kStage<k> * (corner + Window<k, T>::index(t / k, t % k)));
 #pragma unroll
           for (int c = 0; c < kStage<k>; ++c) {
 #pragma unroll
