@@ -104,7 +104,7 @@ STUDIES = {
             ("mIoU", "boundary IoU"),
             (0.001, 0.003, 0.01),
         ),
-        Study("inpainting", ("MODEL.INPAINT.UPSAMPLE",), ("PSNR",), (0.003, 0.01, 0.02)),
+        Study("inpainting", ("MODEL.INPAINT.UPSAMPLE",), ("PSNR",), (0.003, 0.01, 0.03)),
     )
 }
 
@@ -339,14 +339,15 @@ def finish(run: Run, returncode: int) -> dict:
     return result
 
 
-def run_all(runs: list[Run], jobs: int, threads: int | None) -> list[str]:
+def run_all(runs: list[Run], jobs: int, threads: int | None) -> dict[Run, str]:
     """Does the runs that have no result yet, `jobs` at a time, and prints what comes out.
 
     Returns:
         A line for each run that failed.
     """
     waiting = [run for run in runs if not run.result()]
-    count, failures, done = len(waiting), [], 0
+    count, done = len(waiting), 0
+    failures: dict[Run, str] = {}
     running: dict[Run, subprocess.Popen] = {}
     begin = time.monotonic()
     try:
@@ -363,7 +364,7 @@ def run_all(runs: list[Run], jobs: int, threads: int | None) -> list[str]:
                     text = ", ".join(f"{name} {result[name]:.2f}" for name in run.study.metrics)
                 except UserError as error:
                     text = f"failed: {error} (log: {run.log})"
-                    failures.append(f"{run}: {text}")
+                    failures[run] = f"{run}: {text}"
                 minutes = (time.monotonic() - begin) / 60
                 left = minutes / done * (count - done)
                 print(
@@ -597,13 +598,15 @@ def compare(
     """Chooses the learning rate of each method, and does the runs that are tested.
 
     Returns:
-        For each method its runs, those of the choice first; and a line for each run that failed.
+        For each method its runs, those of the choice first; and a line for each run that failed,
+        but for those of the choice where another one has a result.
     """
     runs = {
         method: [make_run(args, study, method, rate, TUNING_SEED) for rate in study.rates]
         for method in args.methods
     }
     failures = run_all([*itertools.chain(*runs.values())], args.jobs, threads)
+    lines = []
     chosen = []
     for method, tuning in runs.items():
         results = {run.rate: result for run in tuning if (result := run.result())}
@@ -613,9 +616,11 @@ def compare(
             seeds = range(1, args.seeds + 1)
             chosen.append([make_run(args, study, method, rate, seed) for seed in seeds])
             tuning += chosen[-1]
+        else:  # a training may diverge at one of the rates
+            lines += [failures[run] for run in tuning]
     # Seed by seed, so that a comparison that is stopped has something of every method.
     by_seed = [*itertools.chain(*zip(*chosen, strict=True))]
-    return runs, failures + run_all(by_seed, args.jobs, threads)
+    return runs, [*lines, *run_all(by_seed, args.jobs, threads).values()]
 
 
 def summary(runs: dict[str, list[Run]]) -> dict[str, dict]:

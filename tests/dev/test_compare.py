@@ -250,7 +250,7 @@ def run_of(data, tmp_path):
 @pytest.mark.slow
 def test_training_is_measured_and_drawn(run_of, tmp_path):
     run = run_of("semantic", "carafe")
-    assert compare.run_all([run], 1, 1) == []
+    assert compare.run_all([run], 1, 1) == {}
     # Nothing of the backbone is among what the checkpoint lacks, or has too much of.
     assert "backbone.bottom_up" not in run.log.read_text()
     result = run.result()
@@ -326,11 +326,34 @@ def test_failing_run_is_named(run_of, capsys, monkeypatch, code, reason):
     monkeypatch.setattr(compare, "ROOT", run.folder)
     run.folder.mkdir(parents=True)
     (run.folder / "train_net.py").write_text(f"import os, sys\n{code}\n")
-    (failure,) = compare.run_all([run], 1, None)
+    (failure,) = compare.run_all([run], 1, None).values()
     name = "semantic, carafe, learning rate 0.002, seed 1"
     assert failure == f"{name}: failed: {reason} (log: {run.log})"
     assert failure in capsys.readouterr().out
     assert run.result() is None
+
+
+@pytest.mark.parametrize("diverging", [(0.003,), (0.0003, 0.001, 0.003)])
+def test_learning_rate_that_diverges_is_not_chosen(data, tmp_path, monkeypatch, diverging):
+    def finished(runs, jobs, threads):
+        failures = {run: f"{run}: failed" for run in runs if run.rate in diverging}
+        for run in runs:
+            if run not in failures:
+                run.folder.mkdir(parents=True)
+                content = json.dumps(result(100 * run.rate, 1, 1))
+                (run.folder / "result.json").write_text(content)
+        return failures
+
+    monkeypatch.setattr(compare, "run_all", finished)
+    options = ["--data", str(data), "--output", str(tmp_path), "--methods", "carafe"]
+    args = compare.parse_args([*options, "--seeds", "2"])
+    compare.check_args(args)
+    runs, failures = compare.compare(args, INSTANCES, None)
+    tested = [(run.rate, run.seed) for run in runs["carafe"] if run.seed]
+    if len(diverging) == 1:
+        assert failures == [] and tested == [(0.001, 1), (0.001, 2)]
+    else:
+        assert len(failures) == 3 and tested == []
 
 
 # --- the program --------------------------------------------------------------------------------
