@@ -1,10 +1,15 @@
 """What programs leave behind: whole files, tables, and blocks of a Markdown page."""
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import UserError
+
+if TYPE_CHECKING:  # it is not installed where only the operator is used
+    from matplotlib.figure import Figure
 
 
 def write_file(path: str | os.PathLike, content: str | bytes) -> None:
@@ -23,6 +28,17 @@ def write_file(path: str | os.PathLike, content: str | bytes) -> None:
         unfinished.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def save_figure(path: str | Path, figure: "Figure", dpi: int = 100) -> None:
+    """Writes a plot of Matplotlib as a PNG.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=dpi)
+    write_file(path, data.getvalue())
 
 
 def format_table(

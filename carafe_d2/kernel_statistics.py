@@ -16,7 +16,6 @@ Example:
 """
 
 import argparse
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from .config import load_config
 from .data.build import build_mapper, check_datasets
 from .errors import UserError, exit_on_user_error
-from .files import format_table, write_file
+from .files import format_table, save_figure
 from .inference import Predictor, named_mistakes, recorded_kernels
 from .upsample import CARAFEPack
 
@@ -254,9 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with named_mistakes(args.config_file, args.opts):
         statistics = kernel_statistics(load_config(args.config_file, args.opts), args.num_images)
     print(table(statistics))
-    picture = io.BytesIO()
-    plot(statistics).savefig(picture, format="png", dpi=100)
-    write_file(args.output, picture.getvalue())
+    save_figure(args.output, plot(statistics))
     print(f"drawn to {args.output}")
 
 

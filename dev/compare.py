@@ -52,7 +52,7 @@ from carafe_d2.collect_env import describe_machine, machine_sentence
 from carafe_d2.config import load_config
 from carafe_d2.data.builtin import datasets_root
 from carafe_d2.errors import UserError, exit_on_user_error
-from carafe_d2.files import MarkdownBlock, format_table, write_file
+from carafe_d2.files import MarkdownBlock, format_table, save_figure, write_file
 from carafe_d2.inference import blank_image, read_image
 from carafe_d2.kernel_statistics import border_distance, labels_of
 
@@ -534,8 +534,7 @@ def draw_borders(runs: list[list[Run]], path: Path) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(path, figure, dpi=120)
     plt.close(figure)
 
 
@@ -665,7 +664,7 @@ def illustrate(runs: Iterable[dict[str, list[Run]]], folder: Path) -> list[str]:
         ).items()
     }
     if statistics:
-        kernel_statistics.plot(statistics).savefig(folder / "compare_kernels.png", dpi=100)
+        save_figure(folder / "compare_kernels.png", kernel_statistics.plot(statistics))
         parts += ["**Kernels**", kernel_statistics.table(statistics, markdown=True)]
         parts.append("![Statistics of CARAFE's kernels](images/compare_kernels.png)")
     return parts

@@ -1,3 +1,4 @@
+# ruff: noqa: F821
 """Runs a Python program as the command `python` does; `start_program` runs this in a fork.
 
 It gets `arguments`, `environment` and `output`, the file for stdout and stderr.
@@ -8,16 +9,16 @@ import runpy
 import sys
 
 os.environ.clear()
-os.environ.update(environment)  # noqa: F821
-with open(output, "wb") as file:  # noqa: F821
+os.environ.update(environment)
+with open(output, "wb") as file:
     for stream in (1, 2):
         os.dup2(file.fileno(), stream)
 sys.stdout.reconfigure(line_buffering=True)  # in the order of what goes to stderr
-if arguments[0] == "-m":  # noqa: F821
-    sys.argv = arguments[1:]  # noqa: F821
+if arguments[0] == "-m":
+    sys.argv = arguments[1:]
     sys.path.insert(0, os.getcwd())
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 else:
-    sys.argv = arguments  # noqa: F821
+    sys.argv = arguments
     sys.path.insert(0, os.path.dirname(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -66,6 +66,9 @@ CASES = [
     # more than 8 MiB of output, which the CPU writes past its caches where lines are whole
     *(Case((1, 48, h, 97), kernel=3, dtype=F32, layout=m) for h in (120, 121) for m in BOTH),
     Case((1, 48, 120, 97), kernel=3, dtype=BF16),
+    # more channels than a downsampling forward on the CPU takes at a time, in equal parts or not
+    *(Case((2, c, 5, 7), dtype=F32, layout=m) for c in (258, 263, 512) for m in BOTH),
+    Case((2, 258, 5, 7), group=2, dtype=F32),
     Case((3, 37, 7, 35), kernel=3, dtype=F32),
     Case((3, 37, 7, 35), kernel=3, dtype=F32, layout="channels_last"),
     *(Case(s, dtype=F32) for s in ((0, 6, 4, 5), (2, 6, 0, 5), (2, 6, 4, 0), (2, 0, 4, 5))),

@@ -14,7 +14,6 @@ Example:
 
 import argparse
 import dataclasses
-import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ from torch import Tensor
 from carafe_d2 import CarafeFPN, CARAFEPack, carafe
 from carafe_d2.config import load_config
 from carafe_d2.errors import UserError, exit_on_user_error
-from carafe_d2.files import write_file
+from carafe_d2.files import save_figure
 from carafe_d2.inference import (
     Predictor,
     named_mistakes,
@@ -360,10 +359,8 @@ def run(args: argparse.Namespace) -> None:
         points = points or [(width // 2, height // 2)]
         print(f"points {' '.join(f'{x},{y}' for x, y in points)}, in {where}")
 
-    picture = io.BytesIO()
     input_size = predictor.resize(image).shape[:2]
-    draw(image, steps, points, input_size).savefig(picture, format="png", dpi=100)
-    write_file(args.output, picture.getvalue())
+    save_figure(args.output, draw(image, steps, points, input_size))
     print(f"kernels of {len(points)} points drawn to {args.output}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..collect_env import machine_sentence
-from ..files import format_table
+from ..files import format_table, save_figure
 from .measure import Measurement
 from .upsampling import FORWARD, FORWARD_BACKWARD, GROUPS, PASSES, Case, Result
 
@@ -184,8 +184,7 @@ def plot(path: Path, title: str, cases: dict[str, Case], results: Sequence[Resul
     figure.legend(
         handles=legend, loc="outside lower center", ncols=min(4, 2 * columns), frameon=False
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save_figure(path, figure, dpi=130)
     plt.close(figure)
 
 
