@@ -7,7 +7,9 @@
 // forward and the gradient of the weights: a warp has a tile of 8 x 4 locations. It walks over
 // channels and stages the tile's features, with a margin, in shared memory. A lane keeps its
 // P * k * k weights, or their gradients, in registers, so that a feature read once serves P
-// multiplications. The warps of a block take different channels of one tile and share the weights.
+// multiplications. The warps of a block take different channels of one tile and share the weights;
+// in the forward of a map with many tiles they take tiles beside each other and the same channels,
+// so that the margins come out of the L1 cache.
 //
 // the gradient of the features: a warp has a strip of columns, walks down the rows and scatters. A
 // lane keeps sums for the k x k locations around its own, separately by column, so that lanes
@@ -33,6 +35,12 @@ constexpr int kBackwardWarps = k == 7 ? 4 : 6;
 constexpr int kBackwardBlocks = 2;
 
 constexpr int kTileWidth = 8, kTileHeight = 4;
+
+// Tiles beside each other, one for each warp of a forward's block.
+constexpr int kTilesAcross = 2, kTilesDown = 2;
+static_assert(kTilesAcross * kTilesDown == kForwardWarps);
+// Blocks that share the channels of adjacent tiles.
+constexpr int kMostAdjacentSplits = 4;
 
 // Weights of a 7 x 7 kernel for more subpixels than two would not fit into registers.
 template <int k>
@@ -83,18 +91,20 @@ struct Pairs {
 // ------------------------------------------------------------------- tiles of 8 x 4 locations
 
 // What a block works on: some subpixels of all locations of a tile, in one group of one image.
-// `split` is a part of the channels.
+// `split` is a part of the channels. With more tiles than one `across` and `down` it is the top left
+// one of as many beside each other.
 struct Tile {
   int64_t n, g;
   int h, w;  // top left
   int pass, split;
 
-  __device__ __forceinline__ Tile(const Shape& shape, unsigned index, int passes, int splits) {
-    const unsigned columns = static_cast<unsigned>(divide_up(shape.width, kTileWidth));
-    const unsigned rows = static_cast<unsigned>(divide_up(shape.height, kTileHeight));
-    w = static_cast<int>(index % columns) * kTileWidth;
+  __device__ __forceinline__ Tile(const Shape& shape, unsigned index, int passes, int splits,
+                                  int across = 1, int down = 1) {
+    const unsigned columns = static_cast<unsigned>(divide_up(shape.width, across * kTileWidth));
+    const unsigned rows = static_cast<unsigned>(divide_up(shape.height, down * kTileHeight));
+    w = static_cast<int>(index % columns) * across * kTileWidth;
     index /= columns;
-    h = static_cast<int>(index % rows) * kTileHeight;
+    h = static_cast<int>(index % rows) * down * kTileHeight;
     index /= rows;
     pass = index % passes;
     index /= passes;
@@ -102,6 +112,14 @@ struct Tile {
     index /= splits;
     g = index % static_cast<unsigned>(shape.groups);
     n = index / static_cast<unsigned>(shape.groups);
+  }
+
+  // One of those beside each other.
+  __device__ __forceinline__ Tile neighbor(int number) const {
+    Tile result = *this;
+    result.w += number % kTilesAcross * kTileWidth;
+    result.h += number / kTilesAcross * kTileHeight;
+    return result;
   }
 
   // The order of locations, and so of lanes: first the even rows, then the odd ones, see Window.
@@ -117,9 +135,9 @@ struct Tile {
   }
 };
 
-inline int64_t tiles(const Shape& shape) {
-  return shape.batch * shape.groups * divide_up(shape.height, kTileHeight) *
-         divide_up(shape.width, kTileWidth);
+inline int64_t tiles(const Shape& shape, int across = 1, int down = 1) {
+  return shape.batch * shape.groups * divide_up(shape.height, down * kTileHeight) *
+         divide_up(shape.width, across * kTileWidth);
 }
 
 // Features of a warp's tile and its margin, on their way through registers to shared memory.
@@ -246,26 +264,36 @@ __device__ __forceinline__ void stage_weights(const Weights& weights, int64_t of
 
 template <int k, typename T>
 __global__ void __launch_bounds__(kForwardWarps* kWarpSize, kForwardBlocks)
-    forward_kernel(Shape shape, Map features, Weights weights, Map output, int splits) {
+    forward_kernel(Shape shape, Map features, Weights weights, Map output, int splits,
+                   bool adjacent) {
   constexpr int P = kSubpixels<k>, kTaps = k * k;
   SHARED_ARRAY(float, shared, kWeights<k> + kForwardWarps * (kWindows<k, T>));
-  const Tile tile(shape, blockIdx.x, static_cast<int>(shape.subpixels() / P), splits);
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
+  const Tile first(shape, blockIdx.x, static_cast<int>(shape.subpixels() / P), splits,
+                   adjacent ? kTilesAcross : 1, adjacent ? kTilesDown : 1);
+  const Tile tile = adjacent ? first.neighbor(warp) : first;
 
-  if (thread < kWarpSize * P) {
-    const int location = thread / P, p = tile.pass * P + thread % P;
-    const int64_t offset = weights_offset(weights, shape, tile.n, tile.g, tile.row(location),
-                                          tile.column(location), p);
-    stage_weights<k>(weights, offset, tile.has(shape, location), shared, thread);
-  }
-  __syncthreads();
-  Vector<float, P> taps[kTaps];
+  Vector<float, P> taps[kTaps] = {};
+  for (int i = 0; i < (adjacent ? kForwardWarps : 1); ++i) {
+    const Tile staged = first.neighbor(i);
+    if (i > 0) __syncthreads();
+    if (thread < kWarpSize * P) {
+      const int location = thread / P, p = first.pass * P + thread % P;
+      const int64_t offset = weights_offset(weights, shape, first.n, first.g, staged.row(location),
+                                            staged.column(location), p);
+      stage_weights<k>(weights, offset, staged.has(shape, location), shared, thread);
+    }
+    __syncthreads();
+    if (adjacent && warp != i) continue;
 #pragma unroll
-  for (int t = 0; t < kTaps; ++t) {
-    taps[t] = shared.template get<P>((t * kWarpSize + lane) * P);
+    for (int t = 0; t < kTaps; ++t) {
+      taps[t] = shared.template get<P>((t * kWarpSize + lane) * P);
+    }
   }
+  if (!tile.has(shape, 0)) return;
 
-  const Range channels(shape, tile.split * kForwardWarps + warp, splits * kForwardWarps);
+  const Range channels(shape, adjacent ? tile.split : tile.split * kForwardWarps + warp,
+                       adjacent ? splits : splits * kForwardWarps);
   const bool inside = tile.has(shape, lane);
   T* target = first_output<T>(shape, output, tile, channels.begin, lane);
   const Pairs<P> pairs(shape, output, tile.pass);
@@ -709,14 +737,19 @@ template <typename T, typename Launcher>
 bool forward(Launcher& launcher, const Shape& shape, const Map& features, const Weights& weights,
              const Map& output) {
   return is_suited(shape, {features, output}) && with_kernel_size(shape, [&](auto k) {
-           const int64_t blocks = tiles(shape) * shape.subpixels() / kSubpixels<k>;
-           // Small maps have few tiles: there, several blocks share the channels of one.
+           const int64_t passes = shape.subpixels() / kSubpixels<k>;
            const int64_t resident = int64_t(kForwardBlocks) * launcher.multiprocessors();
+           // A block of adjacent tiles normalizes the weights of all of them, so it needs many
+           // channels to be worth it.
+           int64_t blocks = tiles(shape, kTilesAcross, kTilesDown) * passes;
+           const bool adjacent = kMostAdjacentSplits * blocks >= resident;
+           if (!adjacent) blocks = tiles(shape) * passes;
+           // Small maps have few tiles: there, several blocks share the channels of one.
            const int64_t most = divide_up(shape.group_channels(), 4 * kStage<k> * kForwardWarps);
-           const int splits =
-               static_cast<int>(std::max<int64_t>(1, std::min(2 * resident / blocks, most)));
+           const int64_t wanted = (adjacent ? 1 : 2) * resident / blocks;
+           const int splits = static_cast<int>(std::max<int64_t>(1, std::min(wanted, most)));
            launch(launcher, forward_kernel<k, T>, blocks * splits, kForwardWarps * kWarpSize, shape,
-                  features, weights, output, splits);
+                  features, weights, output, splits, adjacent);
          });
 }
 
