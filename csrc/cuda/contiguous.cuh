@@ -41,6 +41,9 @@ constexpr int kTilesAcross = 2, kTilesDown = 2;
 static_assert(kTilesAcross * kTilesDown == kForwardWarps);
 // Blocks that share the channels of adjacent tiles.
 constexpr int kMostAdjacentSplits = 4;
+// A 7 x 7 kernel leaves no register for the choice.
+template <int k>
+constexpr bool kCanBeAdjacent = k != 7;
 
 // Weights of a 7 x 7 kernel for more subpixels than two would not fit into registers.
 template <int k>
@@ -265,8 +268,9 @@ __device__ __forceinline__ void stage_weights(const Weights& weights, int64_t of
 template <int k, typename T>
 __global__ void __launch_bounds__(kForwardWarps* kWarpSize, kForwardBlocks)
     forward_kernel(Shape shape, Map features, Weights weights, Map output, int splits,
-                   bool adjacent) {
+                   bool are_adjacent) {
   constexpr int P = kSubpixels<k>, kTaps = k * k;
+  const bool adjacent = kCanBeAdjacent<k> && are_adjacent;
   SHARED_ARRAY(float, shared, kWeights<k> + kForwardWarps * (kWindows<k, T>));
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
   const Tile first(shape, blockIdx.x, static_cast<int>(shape.subpixels() / P), splits,
@@ -742,7 +746,7 @@ bool forward(Launcher& launcher, const Shape& shape, const Map& features, const 
            // A block of adjacent tiles normalizes the weights of all of them, so it needs many
            // channels to be worth it.
            int64_t blocks = tiles(shape, kTilesAcross, kTilesDown) * passes;
-           const bool adjacent = kMostAdjacentSplits * blocks >= resident;
+           const bool adjacent = kCanBeAdjacent<k> && kMostAdjacentSplits * blocks >= resident;
            if (!adjacent) blocks = tiles(shape) * passes;
            // Small maps have few tiles: there, several blocks share the channels of one.
            const int64_t most = divide_up(shape.group_channels(), 4 * kStage<k> * kForwardWarps);
