@@ -671,6 +671,10 @@ void* const kernels[] = {
     reinterpret_cast<void*>(channels_last::forward_kernel<3, float>),
     reinterpret_cast<void*>(channels_last::backward_features_kernel<3, float>),
     reinterpret_cast<void*>(channels_last::backward_weights_kernel<3, float>),
+    reinterpret_cast<void*>(contiguous::forward_kernel<5, float, 2>),
+    reinterpret_cast<void*>(downsampling::backward_features_kernel<5, float>),
+    reinterpret_cast<void*>(downsampling::backward_weights_kernel<5, float>),
+    reinterpret_cast<void*>(general::normalizer_kernel<float, float>),
     reinterpret_cast<void*>(general::forward_kernel<double, double, double>),
     reinterpret_cast<void*>(general::normalizer_kernel<double, double>),
     reinterpret_cast<void*>(general::backward_features_kernel<double, double, double>),
@@ -690,6 +694,7 @@ PTX_CASES = [
     Case((2, 12, 3, 5), scale=3, dtypes=(F64, F64)),
     Case((2, 12, 5, 3), kernel=9, dtypes=(F64, F64), channels_last=True),
     Case((2, 12, 5, 7), scale=1, stride=2, dtypes=(F64, F64)),
+    Case((2, 20, 10, 22), scale=1, stride=2),
 ]
 
 
