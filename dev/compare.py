@@ -102,7 +102,7 @@ STUDIES = {
             "semantic",
             ("MODEL.FPN.UPSAMPLE", "MODEL.SEM_SEG_HEAD.UPSAMPLE"),
             ("mIoU", "boundary IoU"),
-            (0.001, 0.003, 0.01),
+            (0.001, 0.003, 0.01, 0.03),
         ),
         Study("inpainting", ("MODEL.INPAINT.UPSAMPLE",), ("PSNR",), (0.003, 0.01, 0.03)),
     )
