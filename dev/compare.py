@@ -102,7 +102,7 @@ STUDIES = {
             "semantic",
             ("MODEL.FPN.UPSAMPLE", "MODEL.SEM_SEG_HEAD.UPSAMPLE"),
             ("mIoU", "boundary IoU"),
-            (0.001, 0.003, 0.01),
+            (0.001, 0.003, 0.01, 0.03),
         ),
         Study("inpainting", ("MODEL.INPAINT.UPSAMPLE",), ("PSNR",), (0.003, 0.01, 0.03)),
     )
@@ -304,8 +304,7 @@ def finish(run: Run, returncode: int) -> dict:
     """Measures a run that has ended, and keeps the result in its folder.
 
     Returns:
-        The metrics of its study, in percent and dB, and seconds per iteration (None if training was
-        too short to tell).
+        The metrics of its study, in percent and dB.
 
     Raises:
         UserError: the run failed.
@@ -315,12 +314,8 @@ def finish(run: Run, returncode: int) -> dict:
     if returncode:
         raise UserError(run.log.read_text().rstrip().rpartition("\n")[2].removeprefix("error: "))
     metrics: dict[str, Any] = {}
-    seconds = []
     for line in (run.folder / "metrics.json").read_text().splitlines():
-        entry = json.loads(line)
-        metrics |= entry
-        if "time" in entry:
-            seconds.append(entry["time"])
+        metrics |= json.loads(line)
     names = {
         "box AP": "bbox/AP",
         "mask AP": "segm/AP",
@@ -334,7 +329,6 @@ def finish(run: Run, returncode: int) -> dict:
         result["boundary AP"] = boundary_ap(annotations, run.found())
     if run.study.name == "semantic":
         result["boundary IoU"] = boundary_iou(run.found(), DatasetCatalog.get(dataset), NUCLEUS)
-    result["s/iteration"] = statistics.median(seconds) if seconds else None
     write_file(run.folder / "result.json", json.dumps(result))
     return result
 
@@ -413,11 +407,10 @@ def table(study: Study, methods: dict[str, dict], markdown: bool = False) -> str
         carafe = methods.get("carafe", {"seeds": {}})["seeds"]
         gains = [carafe[s][first] - seeds[s][first] for s in seeds if s in carafe]
         cells.append(text_of(gains, "+") if gains and name != "carafe" else "")
-        seconds = [s for r in seeds.values() if (s := r["s/iteration"]) is not None]
         cells += [f"{method['parameters'] / 1e6:.3f} M", f"{method['flops'] / 1e9:.2f}"]
-        rows.append([*cells, f"{statistics.fmean(seconds):.2f}" if seconds else "-"])
+        rows.append(cells)
     header = ["upsampler", "learning rate", *study.metrics, f"CARAFE ahead in {first}"]
-    return format_table([*header, "parameters", "GFLOP", "s/iteration"], rows, markdown)
+    return format_table([*header, "parameters", "GFLOP"], rows, markdown)
 
 
 def plot(report: dict[str, dict], path: Path) -> None:

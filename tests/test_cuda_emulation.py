@@ -521,6 +521,29 @@ def test_masks_beyond_float16(emulation):
     )
 
 
+# Shape, groups and memory of the features of downsampling by 2
+DOWNSAMPLED = [
+    ((2, 12, 8, 10), 1, "dense"),
+    ((1, 6, 2, 2), 3, "dense"),
+    ((1, 72, 4, 70), 2, "unaligned"),
+    ((2, 20, 34, 6), 1, "cropped"),
+    ((2, 34, 18, 36), 1, "expanded"),
+]
+
+
+@OPERATORS
+@pytest.mark.parametrize("dtypes", [pair for pair in DTYPES if F64 not in pair], ids=str)
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_downsampling_by_two(emulation, kernel, dtypes, fused):
+    """Of contiguous maps with even sides, which have kernels of their own."""
+    namespaces = {"contiguous", "downsampling", *(["general"] if fused else [])}
+    for shape, group, memory in DOWNSAMPLED:
+        case = Case(shape, kernel, group, 1, dtypes, fused=fused, memory=memory, stride=2)
+        assert kernels_of_case(emulation, case) == namespaces
+        for multiprocessors in (1, 132):
+            check(emulation, case, multiprocessors)
+
+
 # ----------------------------------------------------------------------------- promises and limits
 
 TYPICAL = [
@@ -530,6 +553,7 @@ TYPICAL = [
     Case((1, 20, 6, 37), kernel=3, scale=4, dtypes=(BF16, F32)),
     Case((1, 24, 8, 8), kernel=7),
     Case((2, 12, 5, 5), kernel=3, scale=3),
+    Case((2, 20, 8, 22), kernel=5, scale=1, stride=2),
     Case((2, 6, 5, 5), dtypes=(F64, F64)),
 ]
 TYPICAL_CASES = pytest.mark.parametrize("case", TYPICAL, ids=range(len(TYPICAL)))
@@ -573,7 +597,7 @@ def test_what_is_not_finite_stays_in_its_window(emulation, case, bad, channels_l
     for h, w in ((0, 0), (2, 3), (case.shape[2] - 1, case.shape[3] - 1)):
         inputs = features.clone(), weights, grad_output.clone()
         inputs[0][0, 1, h, w] = bad
-        inputs[2][0, 2, h * case.scale, w * case.scale] = bad
+        inputs[2][0, 2, h // case.stride * case.scale, w // case.stride * case.scale] = bad
         finite = [expected.isfinite() for expected in case.expected(*inputs)]
         out, grad_features, grad_weights = (result.isfinite() for result in operator(case, inputs))
         assert torch.equal(out, finite[0])
@@ -647,6 +671,10 @@ void* const kernels[] = {
     reinterpret_cast<void*>(channels_last::forward_kernel<3, float>),
     reinterpret_cast<void*>(channels_last::backward_features_kernel<3, float>),
     reinterpret_cast<void*>(channels_last::backward_weights_kernel<3, float>),
+    reinterpret_cast<void*>(contiguous::forward_kernel<5, float, 2>),
+    reinterpret_cast<void*>(downsampling::backward_features_kernel<5, float>),
+    reinterpret_cast<void*>(downsampling::backward_weights_kernel<5, float>),
+    reinterpret_cast<void*>(general::normalizer_kernel<float, float>),
     reinterpret_cast<void*>(general::forward_kernel<double, double, double>),
     reinterpret_cast<void*>(general::normalizer_kernel<double, double>),
     reinterpret_cast<void*>(general::backward_features_kernel<double, double, double>),
@@ -666,6 +694,7 @@ PTX_CASES = [
     Case((2, 12, 3, 5), scale=3, dtypes=(F64, F64)),
     Case((2, 12, 5, 3), kernel=9, dtypes=(F64, F64), channels_last=True),
     Case((2, 12, 5, 7), scale=1, stride=2, dtypes=(F64, F64)),
+    Case((2, 20, 10, 22), scale=1, stride=2),
 ]
 
 

@@ -33,11 +33,19 @@ from carafe_d2.testing import (
 )
 
 pytestmark = pytest.mark.gpu
-OPERATORS = pytest.mark.parametrize(
-    ("operator", "reference"),
-    [(carafe, carafe_naive), (carafe_upsample, carafe_upsample_naive)],
-    ids=["carafe", "carafe_upsample"],
-)
+UPSAMPLING = [(carafe, carafe_naive), (carafe_upsample, carafe_upsample_naive)]
+DOWNSAMPLING = [
+    (carafe_downsample, carafe_downsample_naive),
+    (carafe_downsample_softmax, carafe_downsample_softmax_naive),
+]
+
+
+def operators(pairs: list) -> pytest.MarkDecorator:
+    ids = [operator.__name__ for operator, _ in pairs]
+    return pytest.mark.parametrize(("operator", "reference"), pairs, ids=ids)
+
+
+OPERATORS = operators(UPSAMPLING)
 DEVICE = "cuda"
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 MEDIUM = Case((2, 64, 26, 42), kernel=5, dtype=F32)  # a level of a small pyramid
@@ -91,17 +99,19 @@ SMALL_CASES = [
     Case((1, 8, 4, 4), kernel=9, scale=5, dtype=F32),
     Case((1, 70, 10, 12), kernel=5, dtype=F16, kernels_dtype=F32),
     Case((2, 12, 6, 5), kernel=5, group=3, dtype=F64),
+    *(Case((2, 12, 8, 22), k, 2, 2, t) for k in (3, 5) for t in (F32, F16)),  # with even sides
 ]
 
 
-@OPERATORS
+@operators(UPSAMPLING + DOWNSAMPLING)
 @LAYOUTS
 @pytest.mark.parametrize("case", SMALL_CASES, ids=str)
 def test_small_shapes(operator, reference, case, layout):
     """On the GPU no kernels run but these; dev/gpu_check.py has compute-sanitizer watch them."""
     case = of_layout(case, layout)
     inputs = case.inputs(operator)
-    grad_output = random_grad_output(case, "cpu")
+    output = reference(*inputs, *case.parameters)
+    grad_output = torch.randn_like(output, memory_format=MEMORY_FORMATS[layout])
     arguments = [tensor.detach().to(DEVICE) for tensor in inputs]
     out = getattr(torch.ops.carafe_d2, operator.__name__)(*arguments, *case.parameters)
     grads = backward_of(operator)(grad_output.to(DEVICE), *arguments, *case.parameters, True, True)
@@ -135,17 +145,10 @@ def test_unusual_shapes(operator, reference, case, layout):
     check_operator(operator, reference, of_layout(case, layout), DEVICE)
 
 
-@pytest.mark.parametrize(
-    ("operator", "reference"),
-    [
-        (carafe_downsample, carafe_downsample_naive),
-        (carafe_downsample_softmax, carafe_downsample_softmax_naive),
-    ],
-    ids=["carafe_downsample", "carafe_downsample_softmax"],
-)
+@operators(DOWNSAMPLING)
 @LAYOUTS
-@pytest.mark.parametrize("case", [*SMALL_CASES, *UNUSUAL_CASES], ids=str)
-def test_downsampling(operator, reference, case, layout):
+@pytest.mark.parametrize("case", UNUSUAL_CASES, ids=str)
+def test_unusual_shapes_downsampled(operator, reference, case, layout):
     check_operator(operator, reference, of_layout(case, layout), DEVICE)
 
 

@@ -1,4 +1,5 @@
-// CUDA kernels for contiguous maps, kernel sizes 3, 5, 7 and even scales.
+// CUDA kernels for contiguous maps, kernel sizes 3, 5, 7 and even scales. downsampling.cuh makes use
+// of what they consist of, with locations that are S = 2 pixels apart; here, S is 1.
 //
 // Lanes are source locations. Neighboring lanes have neighboring columns, so whatever they read
 // or write coalesces, and every lane has weights of its own. A thread handles P of the s * s
@@ -7,7 +8,9 @@
 // forward and the gradient of the weights: a warp has a tile of 8 x 4 locations. It walks over
 // channels and stages the tile's features, with a margin, in shared memory. A lane keeps its
 // P * k * k weights, or their gradients, in registers, so that a feature read once serves P
-// multiplications. The warps of a block take different channels of one tile and share the weights.
+// multiplications. The warps of a block take different channels of one tile and share the weights;
+// in the forward of a map with many tiles they take tiles beside each other and the same channels,
+// so that the margins come out of the L1 cache.
 //
 // the gradient of the features: a warp has a strip of columns, walks down the rows and scatters. A
 // lane keeps sums for the k x k locations around its own, separately by column, so that lanes
@@ -34,48 +37,68 @@ constexpr int kBackwardBlocks = 2;
 
 constexpr int kTileWidth = 8, kTileHeight = 4;
 
-// Weights of a 7 x 7 kernel for more subpixels than two would not fit into registers.
+// Tiles beside each other, one for each warp of a forward's block.
+constexpr int kTilesAcross = 2, kTilesDown = 2;
+static_assert(kTilesAcross * kTilesDown == kForwardWarps);
+// Blocks that share the channels of adjacent tiles.
+constexpr int kMostAdjacentSplits = 4;
+// A 7 x 7 kernel leaves no register for the choice.
 template <int k>
-constexpr int kSubpixels = k == 7 ? 2 : 4;
+constexpr bool kCanBeAdjacent = k != 7;
+
+// Weights of a 7 x 7 kernel for more subpixels than two would not fit into registers.
+template <int k, int S = 1>
+constexpr int kSubpixels = S > 1    ? 1
+                           : k == 7 ? 2
+                                    : 4;
 
 // Weights of a warp's locations, or sums for them, in shared memory: tap, location, subpixel.
-template <int k>
-constexpr int kWeights = k * k * kWarpSize * kSubpixels<k>;
+template <int k, int S = 1>
+constexpr int kWeights = k * k * kWarpSize * kSubpixels<k, S>;
 
 // Channels of a warp's tile in shared memory, and as many on their way.
 template <int k>
 constexpr int kStage = k == 7 ? 1 : 2;
 
-// Two horizontally adjacent values; a pair in a gradient that comes from elsewhere may be unaligned.
-template <typename T>
-__device__ __forceinline__ Vector<float, 2> load_pair(const T* source, bool aligned) {
-  Vector<T, 2> pair;
-  if (aligned) {
-    pair = *reinterpret_cast<const Vector<T, 2>*>(source);
-  } else {
-    pair = {source[0], source[1]};
-  }
-  return {to_float(pair.values[0]), to_float(pair.values[1])};
-}
-
-template <typename T>
-__device__ __forceinline__ void store_pair(float first, float second, T* target) {
-  Vector<T, 2> pair;
-  from_float(first, pair.values[0]);
-  from_float(second, pair.values[1]);
-  *reinterpret_cast<Vector<T, 2>*>(target) = pair;
-}
-
-// Offsets of pairs of subpixels from the top left output pixel of a location.
+// Horizontally adjacent subpixels, which are read and written at once.
 template <int P>
-struct Pairs {
-  int offsets[P / 2];
+constexpr int kBeside = P == 1 ? 1 : 2;
 
-  __device__ __forceinline__ Pairs(const Shape& shape, const Map& map, int pass) {
+// A pair in a gradient that comes from elsewhere may be unaligned.
+template <int kCount, typename T>
+__device__ __forceinline__ Vector<float, kCount> load_beside(const T* source, bool aligned) {
+  Vector<T, kCount> loaded;
+  if (aligned) {
+    loaded = *reinterpret_cast<const Vector<T, kCount>*>(source);
+  } else {
 #pragma unroll
-    for (int i = 0; i < P / 2; ++i) {
-      const Subpixel subpixel(shape, pass * P + 2 * i);
-      offsets[i] = subpixel.row * static_cast<int>(map.row_stride) + subpixel.column;
+    for (int i = 0; i < kCount; ++i) loaded.values[i] = source[i];
+  }
+  Vector<float, kCount> result;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) result.values[i] = to_float(loaded.values[i]);
+  return result;
+}
+
+template <int kCount, typename T>
+__device__ __forceinline__ void store_beside(const float* values, T* target) {
+  Vector<T, kCount> result;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) from_float(values[i], result.values[i]);
+  *reinterpret_cast<Vector<T, kCount>*>(target) = result;
+}
+
+// Offsets of those beside each other from the top left output pixel of a location.
+template <int P>
+struct Offsets {
+  static constexpr int kCount = P / kBeside<P>;
+  int values[kCount];
+
+  __device__ __forceinline__ Offsets(const Shape& shape, const Map& map, int pass) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const Subpixel subpixel(shape, pass * P + kBeside<P> * i);
+      values[i] = subpixel.row * static_cast<int>(map.row_stride) + subpixel.column;
     }
   }
 };
@@ -83,18 +106,20 @@ struct Pairs {
 // ------------------------------------------------------------------- tiles of 8 x 4 locations
 
 // What a block works on: some subpixels of all locations of a tile, in one group of one image.
-// `split` is a part of the channels.
+// `split` is a part of the channels. With more tiles than one `across` and `down` it is the top left
+// one of as many beside each other.
 struct Tile {
   int64_t n, g;
   int h, w;  // top left
   int pass, split;
 
-  __device__ __forceinline__ Tile(const Shape& shape, unsigned index, int passes, int splits) {
-    const unsigned columns = static_cast<unsigned>(divide_up(shape.width, kTileWidth));
-    const unsigned rows = static_cast<unsigned>(divide_up(shape.height, kTileHeight));
-    w = static_cast<int>(index % columns) * kTileWidth;
+  __device__ __forceinline__ Tile(const Shape& shape, unsigned index, int passes, int splits,
+                                  int across = 1, int down = 1) {
+    const unsigned columns = static_cast<unsigned>(divide_up(shape.width, across * kTileWidth));
+    const unsigned rows = static_cast<unsigned>(divide_up(shape.height, down * kTileHeight));
+    w = static_cast<int>(index % columns) * across * kTileWidth;
     index /= columns;
-    h = static_cast<int>(index % rows) * kTileHeight;
+    h = static_cast<int>(index % rows) * down * kTileHeight;
     index /= rows;
     pass = index % passes;
     index /= passes;
@@ -102,6 +127,14 @@ struct Tile {
     index /= splits;
     g = index % static_cast<unsigned>(shape.groups);
     n = index / static_cast<unsigned>(shape.groups);
+  }
+
+  // One of those beside each other.
+  __device__ __forceinline__ Tile neighbor(int number) const {
+    Tile result = *this;
+    result.w += number % kTilesAcross * kTileWidth;
+    result.h += number / kTilesAcross * kTileHeight;
+    return result;
   }
 
   // The order of locations, and so of lanes: first the even rows, then the odd ones, see Window.
@@ -117,19 +150,23 @@ struct Tile {
   }
 };
 
-inline int64_t tiles(const Shape& shape) {
-  return shape.batch * shape.groups * divide_up(shape.height, kTileHeight) *
-         divide_up(shape.width, kTileWidth);
+inline int64_t tiles(const Shape& shape, int across = 1, int down = 1) {
+  return shape.batch * shape.groups * divide_up(shape.height, down * kTileHeight) *
+         divide_up(shape.width, across * kTileWidth);
 }
 
-// Features of a warp's tile and its margin, on their way through registers to shared memory.
-template <int k, typename T>
+// Features of a warp's tile and its margin, on their way through registers to shared memory. The
+// locations are S pixels apart, and so has the map S times as many rows and columns of them as
+// `shape`, that of the locations.
+template <int k, typename T, int S = 1>
 class Window {
  public:
-  static constexpr int kWidth = kTileWidth + k - 1, kHeight = kTileHeight + k - 1;
+  static constexpr int kWidth = S * (kTileWidth - 1) + k, kHeight = S * (kTileHeight - 1) + k;
   // In which lanes of different rows meet in no bank. Two channels are read by half of a warp at
   // once, which has two rows with another between them; with k = 5, they are stored without a gap.
-  static constexpr int kPitch = kStage<k> == 2 ? 12 : 24;
+  static constexpr int kColumns =
+      (kWidth + S - 1) / S;  // that are S apart, and so beside each other
+  static constexpr int kPitch = S == 2 ? (2 * kColumns + 1) / 4 * 4 + 2 : kStage<k> == 2 ? 12 : 24;
   static constexpr int kSize = kHeight * kPitch;  // vectors of kStage channels
 
   __device__ __forceinline__ Window(const Shape& shape, const Map& features, const Tile& tile,
@@ -140,9 +177,10 @@ class Window {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int position = lane + i * kWarpSize;
-      const int h = tile.h + position / kWidth - k / 2, w = tile.w + position % kWidth - k / 2;
-      const bool inside =
-          position < kWidth * kHeight && h >= 0 && h < shape.height && w >= 0 && w < shape.width;
+      const int h = S * tile.h + position / kWidth - k / 2;
+      const int w = S * tile.w + position % kWidth - k / 2;
+      const bool inside = position < kWidth * kHeight && h >= 0 && h < S * shape.height && w >= 0 &&
+                          w < S * shape.width;
       offsets_[i] = inside ? h * static_cast<int>(features.row_stride) + w : -1;
     }
   }
@@ -161,8 +199,14 @@ class Window {
     }
   }
 
-  // Where the vector of a location's channels is.
-  CARAFE_HOST_DEVICE static int index(int row, int column) { return row * kPitch + column; }
+  // Where the vector of a pixel's channels is.
+  CARAFE_HOST_DEVICE static int index(int row, int column) {
+    return row * kPitch + column % S * kColumns + column / S;
+  }
+  // ... of that under the lane's first tap.
+  CARAFE_HOST_DEVICE static int corner(int lane) {
+    return index(S * Tile::row_of(lane), S * Tile::column_of(lane));
+  }
 
   __device__ __forceinline__ void store(const SharedArray<float>& shared, int begin,
                                         int lane) const {
@@ -185,19 +229,19 @@ class Window {
 };
 
 // Floats of shared memory for the windows of a warp.
-template <int k, typename T>
-constexpr int kWindows = 2 * kStage<k> * Window<k, T>::kSize;
+template <int k, typename T, int S = 1>
+constexpr int kWindows = 2 * kStage<k> * Window<k, T, S>::kSize;
 
 // Calls prefetch(count) and then body(count, corner) for every kStage channels of a warp, of which
 // `count` are left and those beyond are zero: `corner` is the vector in shared memory of the features
 // under the lane's first tap. The windows of the block begin at `windows`.
-template <int k, typename T, typename Prefetch, typename Body>
-__device__ __forceinline__ void for_channels(Window<k, T>& window, int count,
+template <int k, typename T, int S, typename Prefetch, typename Body>
+__device__ __forceinline__ void for_channels(Window<k, T, S>& window, int count,
                                              const SharedArray<float>& shared, int windows,
                                              int warp, int lane, const Prefetch& prefetch,
                                              const Body& body) {
-  constexpr int kSize = Window<k, T>::kSize;
-  const int corner = Window<k, T>::index(Tile::row_of(lane), Tile::column_of(lane));
+  constexpr int kSize = Window<k, T, S>::kSize;
+  const int corner = Window<k, T, S>::corner(lane);
   const int first = windows / kStage<k> + warp * 2 * kSize;
   int buffer = first;
   window.load(count);
@@ -235,93 +279,129 @@ __device__ __forceinline__ T* first_output(const Shape& shape, const Map& map, c
 
 // Puts the weights of an output pixel where kWeights wants them, from `index` on; zeros where the
 // pixel does not exist.
-template <int k>
+template <int k, int S = 1>
 __device__ __forceinline__ void stage_weights(const Weights& weights, int64_t offset, bool exists,
                                               const SharedArray<float>& shared, int index) {
   float values[k * k] = {};
   if (exists) load_weights(weights, offset, values);
 #pragma unroll
-  for (int t = 0; t < k * k; ++t) shared.set(index + t * kWarpSize * kSubpixels<k>, values[t]);
+  for (int t = 0; t < k * k; ++t) shared.set(index + t * kWarpSize * kSubpixels<k, S>, values[t]);
 }
 
-template <int k, typename T>
-__global__ void __launch_bounds__(kForwardWarps* kWarpSize, kForwardBlocks)
-    forward_kernel(Shape shape, Map features, Weights weights, Map output, int splits) {
-  constexpr int P = kSubpixels<k>, kTaps = k * k;
-  SHARED_ARRAY(float, shared, kWeights<k> + kForwardWarps * (kWindows<k, T>));
-  const Tile tile(shape, blockIdx.x, static_cast<int>(shape.subpixels() / P), splits);
-  const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
+// The weights of a location's own output pixels: `stage` puts those of one pixel into shared memory,
+// from `index` on, and subpixel p of a pass `has` those taps.
+template <int k, int S>
+struct OwnWeights {
+  const Shape& shape;
+  const Weights& weights;
 
-  if (thread < kWarpSize * P) {
-    const int location = thread / P, p = tile.pass * P + thread % P;
+  __device__ __forceinline__ void stage(const Tile& tile, int location, int p,
+                                        const SharedArray<float>& shared, int index) const {
     const int64_t offset = weights_offset(weights, shape, tile.n, tile.g, tile.row(location),
                                           tile.column(location), p);
-    stage_weights<k>(weights, offset, tile.has(shape, location), shared, thread);
-  }
-  __syncthreads();
-  Vector<float, P> taps[kTaps];
-#pragma unroll
-  for (int t = 0; t < kTaps; ++t) {
-    taps[t] = shared.template get<P>((t * kWarpSize + lane) * P);
+    stage_weights<k, S>(weights, offset, tile.has(shape, location), shared, index);
   }
 
-  const Range channels(shape, tile.split * kForwardWarps + warp, splits * kForwardWarps);
+  CARAFE_HOST_DEVICE static constexpr bool has(int, int) { return true; }
+};
+
+// What a block of a forward does, with weights such as OwnWeights.
+template <int k, typename T, int S = 1, typename Source>
+__device__ __forceinline__ void forward_block(const Shape& shape, const Map& features,
+                                              const Map& output, int splits, bool are_adjacent,
+                                              const SharedArray<float>& shared,
+                                              const Source& weights) {
+  constexpr int P = kSubpixels<k, S>, kTaps = k * k;
+  const bool adjacent = kCanBeAdjacent<k> && are_adjacent;
+  const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
+  const Tile first(shape, blockIdx.x, static_cast<int>(shape.subpixels() / P), splits,
+                   adjacent ? kTilesAcross : 1, adjacent ? kTilesDown : 1);
+  const Tile tile = adjacent ? first.neighbor(warp) : first;
+
+  Vector<float, P> taps[kTaps] = {};
+  for (int i = 0; i < (adjacent ? kForwardWarps : 1); ++i) {
+    if (i > 0) __syncthreads();
+    if (thread < kWarpSize * P) {
+      weights.stage(first.neighbor(i), thread / P, first.pass * P + thread % P, shared, thread);
+    }
+    __syncthreads();
+    if (adjacent && warp != i) continue;
+#pragma unroll
+    for (int t = 0; t < kTaps; ++t) {
+      taps[t] = shared.template get<P>((t * kWarpSize + lane) * P);
+    }
+  }
+  if (!tile.has(shape, 0)) return;
+
+  const Range channels(shape, adjacent ? tile.split : tile.split * kForwardWarps + warp,
+                       adjacent ? splits : splits * kForwardWarps);
   const bool inside = tile.has(shape, lane);
   T* target = first_output<T>(shape, output, tile, channels.begin, lane);
-  const Pairs<P> pairs(shape, output, tile.pass);
-  Window<k, T> window(shape, features, tile, channels.begin, lane);
+  const Offsets<P> offsets(shape, output, tile.pass);
+  Window<k, T, S> window(shape, features, tile, channels.begin, lane);
   for_channels(
-      window, channels.count, shared, kWeights<k>, warp, lane, [](int) {},
+      window, channels.count, shared, kWeights<k, S>, warp, lane, [](int) {},
       [&](int count, int corner) {
         float sums[kStage<k>][P] = {};
 #pragma unroll
         for (int t = 0; t < kTaps; ++t) {
           const auto features = shared.template get<kStage<k>>(
-              kStage<k> * (corner + Window<k, T>::index(t / k, t % k)));
+              kStage<k> * (corner + Window<k, T, S>::index(t / k, t % k)));
 #pragma unroll
           for (int c = 0; c < kStage<k>; ++c) {
 #pragma unroll
-            for (int p = 0; p < P; ++p) sums[c][p] += taps[t].values[p] * features.values[c];
+            for (int p = 0; p < P; ++p) {
+              if (Source::has(p, t)) sums[c][p] += taps[t].values[p] * features.values[c];
+            }
           }
         }
 #pragma unroll
         for (int c = 0; c < kStage<k>; ++c) {
 #pragma unroll
-          for (int i = 0; i < P / 2; ++i) {
+          for (int i = 0; i < Offsets<P>::kCount; ++i) {
             if (!inside || c >= count) continue;
-            store_pair(sums[c][2 * i], sums[c][2 * i + 1], target + pairs.offsets[i]);
+            store_beside<kBeside<P>>(&sums[c][kBeside<P> * i], target + offsets.values[i]);
           }
           target += output.channel_stride;
         }
       });
 }
 
+template <int k, typename T, int S = 1>
+__global__ void __launch_bounds__(kForwardWarps* kWarpSize, kForwardBlocks)
+    forward_kernel(Shape shape, Map features, Weights weights, Map output, int splits,
+                   bool adjacent) {
+  SHARED_ARRAY(float, shared, (kWeights<k, S> + kForwardWarps * kWindows<k, T, S>));
+  forward_block<k, T, S>(shape, features, output, splits, adjacent, shared,
+                         OwnWeights<k, S>{shape, weights});
+}
+
 // The gradient of the weights of a tile.
-template <int k, typename T>
+template <int k, typename T, int S = 1>
 __device__ __forceinline__ void backward_tile(const Shape& shape, const Map& grad_output,
                                               const Map& features, const Weights& weights,
                                               const Weights& grad_weights, const Tile& tile,
                                               bool aligned, const SharedArray<float>& shared) {
-  constexpr int P = kSubpixels<k>, kTaps = k * k;
+  constexpr int P = kSubpixels<k, S>, kTaps = k * k;
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
 
   const Range channels(shape, warp, kBackwardWarps<k>);
   const bool inside = tile.has(shape, lane);
   const T* source = first_output<T>(shape, grad_output, tile, channels.begin, lane);
-  const Pairs<P> pairs(shape, grad_output, tile.pass);
-  Window<k, T> window(shape, features, tile, channels.begin, lane);
-  Vector<float, 2> gradients[kStage<k>][P / 2];
+  const Offsets<P> offsets(shape, grad_output, tile.pass);
+  Window<k, T, S> window(shape, features, tile, channels.begin, lane);
+  Vector<float, kBeside<P>> gradients[kStage<k>][Offsets<P>::kCount];
   Vector<float, P> sums[kTaps] = {};
   for_channels(
-      window, channels.count, shared, kWeights<k>, warp, lane,
+      window, channels.count, shared, kWeights<k, S>, warp, lane,
       [&](int count) {
 #pragma unroll
         for (int c = 0; c < kStage<k>; ++c) {
 #pragma unroll
-          for (int i = 0; i < P / 2; ++i) {
+          for (int i = 0; i < Offsets<P>::kCount; ++i) {
             gradients[c][i] = {};
             if (inside && c < count) {
-              gradients[c][i] = load_pair(source + pairs.offsets[i], aligned);
+              gradients[c][i] = load_beside<kBeside<P>>(source + offsets.values[i], aligned);
             }
           }
           source += grad_output.channel_stride;
@@ -331,12 +411,13 @@ __device__ __forceinline__ void backward_tile(const Shape& shape, const Map& gra
 #pragma unroll
         for (int t = 0; t < kTaps; ++t) {
           const auto features = shared.template get<kStage<k>>(
-              kStage<k> * (corner + Window<k, T>::index(t / k, t % k)));
+              kStage<k> * (corner + Window<k, T, S>::index(t / k, t % k)));
 #pragma unroll
           for (int c = 0; c < kStage<k>; ++c) {
 #pragma unroll
             for (int p = 0; p < P; ++p) {
-              sums[t].values[p] += gradients[c][p / 2].values[p % 2] * features.values[c];
+              sums[t].values[p] +=
+                  gradients[c][p / kBeside<P>].values[p % kBeside<P>] * features.values[c];
             }
           }
         }
@@ -521,13 +602,13 @@ template <int k, typename T>
 __device__ __forceinline__ void load_pass(const Shape& shape, const Map& grad_output,
                                           const T* source, int pass, int channels, bool aligned,
                                           PassGradients<k>& gradients) {
-  const Pairs<kSubpixels<k>> pairs(shape, grad_output, pass);
+  const Offsets<kSubpixels<k>> offsets(shape, grad_output, pass);
 #pragma unroll
   for (int c = 0; c < kStripChannels<k>; ++c) {
 #pragma unroll
     for (int i = 0; i < kSubpixels<k> / 2; ++i) {
       gradients[c][i] = {};
-      if (c < channels) gradients[c][i] = load_pair(source + pairs.offsets[i], aligned);
+      if (c < channels) gradients[c][i] = load_beside<2>(source + offsets.values[i], aligned);
     }
     source += grad_output.channel_stride;
   }
@@ -705,18 +786,32 @@ inline bool is_suited(const Shape& shape, std::initializer_list<Map> maps) {
 
 // forward and backward return false, and launch nothing, for what they leave to general.cuh.
 
+// Calls start(blocks, splits, adjacent) for the grid of a forward.
+template <int k, int S = 1, typename Launcher, typename Start>
+void for_grid(const Launcher& launcher, const Shape& shape, const Start& start) {
+  const int64_t passes = shape.subpixels() / kSubpixels<k, S>;
+  const int64_t resident = int64_t(kForwardBlocks) * launcher.multiprocessors();
+  // A block of adjacent tiles normalizes the weights of all of them, so it needs many channels to be
+  // worth it.
+  int64_t blocks = tiles(shape, kTilesAcross, kTilesDown) * passes;
+  const bool adjacent = kCanBeAdjacent<k> && kMostAdjacentSplits * blocks >= resident;
+  if (!adjacent) blocks = tiles(shape) * passes;
+  if (blocks == 0) return;
+  // Small maps have few tiles: there, several blocks share the channels of one.
+  const int64_t most = divide_up(shape.group_channels(), 4 * kStage<k> * kForwardWarps);
+  const int64_t wanted = (adjacent ? 1 : 2) * resident / blocks;
+  const int splits = static_cast<int>(std::max<int64_t>(1, std::min(wanted, most)));
+  start(blocks * splits, splits, adjacent);
+}
+
 template <typename T, typename Launcher>
 bool forward(Launcher& launcher, const Shape& shape, const Map& features, const Weights& weights,
              const Map& output) {
   return is_suited(shape, {features, output}) && with_kernel_size(shape, [&](auto k) {
-           const int64_t blocks = tiles(shape) * shape.subpixels() / kSubpixels<k>;
-           // Small maps have few tiles: there, several blocks share the channels of one.
-           const int64_t resident = int64_t(kForwardBlocks) * launcher.multiprocessors();
-           const int64_t most = divide_up(shape.group_channels(), 4 * kStage<k> * kForwardWarps);
-           const int splits =
-               static_cast<int>(std::max<int64_t>(1, std::min(2 * resident / blocks, most)));
-           launch(launcher, forward_kernel<k, T>, blocks * splits, kForwardWarps * kWarpSize, shape,
-                  features, weights, output, splits);
+           for_grid<k>(launcher, shape, [&](int64_t blocks, int splits, bool adjacent) {
+             launch(launcher, forward_kernel<k, T>, blocks, kForwardWarps * kWarpSize, shape,
+                    features, weights, output, splits, adjacent);
+           });
          });
 }
 

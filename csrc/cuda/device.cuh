@@ -192,34 +192,31 @@ __device__ __forceinline__ void store_taps(const float (&values)[kTaps], W* taps
   for (int t = 0; t < kTaps; ++t, taps += stride) from_float(values[t], *taps);
 }
 
-// Weights have a type of their own under autocast. They are read once for many channels, so it
-// costs nothing to decide at run time. The values are masks or logits, as they are in memory.
+// Calls body(elements) with a pointer to the weights, which have a type of their own under autocast.
+// They are read once for many channels, so it costs nothing to decide at run time.
+template <typename Body>
+__device__ __forceinline__ void with_elements(const Weights& weights, const Body& body) {
+  switch (weights.type) {
+    case Type::kHalf: return body(static_cast<Half*>(weights.data));
+    case Type::kBFloat16: return body(static_cast<BFloat16*>(weights.data));
+    default: return body(static_cast<float*>(weights.data));
+  }
+}
+
+// The values are masks or logits, as they are in memory.
 template <int kTaps>
 __device__ __forceinline__ void load_values(const Weights& weights, int64_t offset,
                                             float (&values)[kTaps]) {
-  switch (weights.type) {
-    case Type::kHalf:
-      return load_taps(static_cast<const Half*>(weights.data) + offset, weights.tap_stride, values);
-    case Type::kBFloat16:
-      return load_taps(static_cast<const BFloat16*>(weights.data) + offset, weights.tap_stride,
-                       values);
-    default:
-      return load_taps(static_cast<const float*>(weights.data) + offset, weights.tap_stride,
-                       values);
-  }
+  with_elements(weights, [&](const auto* elements) {
+    load_taps(elements + offset, weights.tap_stride, values);
+  });
 }
 
 template <int kTaps>
 __device__ __forceinline__ void store_values(const float (&values)[kTaps], const Weights& weights,
                                              int64_t offset) {
-  switch (weights.type) {
-    case Type::kHalf:
-      return store_taps(values, static_cast<Half*>(weights.data) + offset, weights.tap_stride);
-    case Type::kBFloat16:
-      return store_taps(values, static_cast<BFloat16*>(weights.data) + offset, weights.tap_stride);
-    default:
-      return store_taps(values, static_cast<float*>(weights.data) + offset, weights.tap_stride);
-  }
+  with_elements(weights,
+                [&](auto* elements) { store_taps(values, elements + offset, weights.tap_stride); });
 }
 
 template <int kTaps>

@@ -45,12 +45,21 @@ void allow(const char* name, const void* data, Type type, bool writable,
   ptx::allow(name, data, elements * bytes, writable);
 }
 
-void allow(const char* name, const Shape& shape, const Map& map, int64_t scale, bool writable) {
+void allow(const char* name, const Shape& shape, const Map& map, int64_t rows, int64_t columns,
+           bool writable) {
   allow(name, map.data, map.type, writable,
         {{shape.batch, map.batch_stride},
          {shape.channels, map.channel_stride},
-         {shape.height * scale, map.row_stride},
-         {shape.width * scale, map.column_stride}});
+         {rows, map.row_stride},
+         {columns, map.column_stride}});
+}
+
+void allow_features(const char* name, const Shape& shape, const Map& map, bool writable) {
+  allow(name, shape, map, shape.height, shape.width, writable);
+}
+
+void allow_output(const char* name, const Shape& shape, const Map& map, bool writable) {
+  allow(name, shape, map, shape.rows() * shape.scale, shape.columns() * shape.scale, writable);
 }
 
 void allow(const char* name, const Shape& shape, const Weights& weights, bool writable) {
@@ -58,9 +67,9 @@ void allow(const char* name, const Shape& shape, const Weights& weights, bool wr
         {{shape.batch, weights.batch_stride},
          {shape.groups, weights.group_stride},
          {shape.taps(), weights.tap_stride},
-         {shape.height, weights.row_stride},
+         {shape.rows(), weights.row_stride},
          {shape.scale, weights.sub_row_stride},
-         {shape.width, weights.column_stride},
+         {shape.columns(), weights.column_stride},
          {shape.scale, weights.sub_column_stride}});
 }
 
@@ -130,9 +139,9 @@ const char* emulate_forward(const Device& device, const Shape& shape, const Map&
                             const Weights& weights, const Map& output) {
   return cuda_emulation::report_of([&] {
     ptx::global_memory.clear();
-    allow("features", shape, features, 1, false);
+    allow_features("features", shape, features, false);
     allow("weights", shape, weights, false);
-    allow("output", shape, output, shape.scale, true);
+    allow_output("output", shape, output, true);
     EmulatingLauncher launcher(device);
     if (!device.general_blocks) return forward(launcher, shape, features, weights, output);
     with_types(features, weights, [&](auto types) {
@@ -146,10 +155,10 @@ const char* emulate_backward(const Device& device, const Shape& shape, const Map
                              const Weights* grad_weights) {
   return cuda_emulation::report_of([&] {
     ptx::global_memory.clear();
-    allow("grad_output", shape, grad_output, shape.scale, false);
-    allow("features", shape, features, 1, false);
+    allow_output("grad_output", shape, grad_output, false);
+    allow_features("features", shape, features, false);
     allow("weights", shape, weights, false);
-    if (grad_features) allow("grad_features", shape, *grad_features, 1, true);
+    if (grad_features) allow_features("grad_features", shape, *grad_features, true);
     if (grad_weights) allow("grad_weights", shape, *grad_weights, true);
     EmulatingLauncher launcher(device);
     if (!device.general_blocks) {
