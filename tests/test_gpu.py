@@ -147,8 +147,8 @@ def test_unusual_shapes(operator, reference, case, layout):
 
 @operators(DOWNSAMPLING)
 @LAYOUTS
-@pytest.mark.parametrize("case", UNUSUAL_CASES, ids=str)
-def test_unusual_shapes_downsampled(operator, reference, case, layout):
+@pytest.mark.parametrize("case", [*SMALL_CASES, *UNUSUAL_CASES], ids=str)
+def test_downsampling(operator, reference, case, layout):
     check_operator(operator, reference, of_layout(case, layout), DEVICE)
 
 
