@@ -164,8 +164,8 @@ class Window {
   static constexpr int kWidth = S * (kTileWidth - 1) + k, kHeight = S * (kTileHeight - 1) + k;
   // In which lanes of different rows meet in no bank. Two channels are read by half of a warp at
   // once, which has two rows with another between them; with k = 5, they are stored without a gap.
-  static constexpr int kColumns =
-      (kWidth + S - 1) / S;  // that are S apart, and so beside each other
+  // Columns that are S apart lie beside each other there, so many of them.
+  static constexpr int kColumns = (kWidth + S - 1) / S;
   static constexpr int kPitch = S == 2 ? (2 * kColumns + 1) / 4 * 4 + 2 : kStage<k> == 2 ? 12 : 24;
   static constexpr int kSize = kHeight * kPitch;  // vectors of kStage channels
 
@@ -784,8 +784,6 @@ inline bool is_suited(const Shape& shape, std::initializer_list<Map> maps) {
   return tiles(shape) <= INT32_MAX / (shape.subpixels() / 2 + shape.group_channels());
 }
 
-// forward and backward return false, and launch nothing, for what they leave to general.cuh.
-
 // Calls start(blocks, splits, adjacent) for the grid of a forward.
 template <int k, int S = 1, typename Launcher, typename Start>
 void for_grid(const Launcher& launcher, const Shape& shape, const Start& start) {
@@ -796,13 +794,14 @@ void for_grid(const Launcher& launcher, const Shape& shape, const Start& start) 
   int64_t blocks = tiles(shape, kTilesAcross, kTilesDown) * passes;
   const bool adjacent = kCanBeAdjacent<k> && kMostAdjacentSplits * blocks >= resident;
   if (!adjacent) blocks = tiles(shape) * passes;
-  if (blocks == 0) return;
   // Small maps have few tiles: there, several blocks share the channels of one.
   const int64_t most = divide_up(shape.group_channels(), 4 * kStage<k> * kForwardWarps);
   const int64_t wanted = (adjacent ? 1 : 2) * resident / blocks;
   const int splits = static_cast<int>(std::max<int64_t>(1, std::min(wanted, most)));
   start(blocks * splits, splits, adjacent);
 }
+
+// forward and backward return false, and launch nothing, for what they leave to general.cuh.
 
 template <typename T, typename Launcher>
 bool forward(Launcher& launcher, const Shape& shape, const Map& features, const Weights& weights,

@@ -48,7 +48,8 @@ struct GatheredWeights {
   const Weights& weights;
   const Normalizer* normalizers;
 
-  // Row (or column) of the tap at the location in row `a` around a pixel, of which `p` says the row.
+  // Row (or column) of the tap by which the location in row `a` of those around reaches a location's
+  // pixel in row `p`.
   CARAFE_HOST_DEVICE static constexpr int tap(int p, int a) {
     return p + k / 2 + kStride * (kRadius - a);
   }
@@ -122,8 +123,8 @@ inline bool is_suited(const Shape& shape, std::initializer_list<Map> maps) {
 // Calls body(k) with the kernel size as a constant; false for sizes that are left to general.cuh.
 template <typename Body>
 bool with_small_kernel(const Shape& shape, const Body& body) {
-  if (shape.kernel != 3 && shape.kernel != 5) return false;
-  return carafe_d2::with_kernel_size(shape, [&](auto k) {
+  if (shape.kernel >= 7) return false;
+  return with_kernel_size(shape, [&](auto k) {
     if constexpr (k < 7) body(k);
   });
 }
