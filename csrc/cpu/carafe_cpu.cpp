@@ -68,11 +68,12 @@ void for_all_rows(const Shape& shape, const Kernel& kernel) {
 
 // Parts of the channels that a forward pass takes one after the other. With a stride there is little
 // to compute for each pixel that is read, so the k rows around the current one have to stay in the
-// second cache, which they do not of all channels of a wide map.
-int64_t panels(const Shape& shape) {
+// second cache, which they do not of all channels of a wide map. A part of a channels_last map would
+// lie in pieces, and reading those takes longer than what the cache saves.
+int64_t panels(const Shape& shape, const Map& features) {
   constexpr int64_t kMostChannels = 128;
   int64_t count = 1;
-  if (shape.stride == 1 || shape.groups != 1) return count;
+  if (shape.stride == 1 || shape.groups != 1 || features.channel_stride == 1) return count;
   while (shape.channels / count > kMostChannels && shape.channels % (2 * count) == 0) count *= 2;
   return count;
 }
@@ -80,9 +81,9 @@ int64_t panels(const Shape& shape) {
 void forward(const Shape& shape, const Map& features, const Weights& weights, const Map& output) {
   Shape parts = shape;
   Weights shared = weights;
-  if (const int64_t count = panels(shape); count > 1) {  // groups that have their weights in common
+  if (const int64_t count = panels(shape, features); count > 1) {
     parts.groups = count;
-    shared.group_stride = 0;
+    shared.group_stride = 0;  // The groups have their weights in common.
   }
   for_all_rows(parts, [&](int64_t begin, int64_t end, char* scratch) {
     return kernels().forward(parts, features, shared, output, begin, end, scratch);

@@ -4,8 +4,9 @@
 // One vector holds the same pixel of adjacent channels, whatever the layout in memory: a weight is
 // then one number for a whole register, and neither borders nor odd widths waste lanes. Rows of the
 // maps go through small buffers in which channels are adjacent, the numbers are of the accumulation
-// type and the zeros around the map are really there. `load_matrix` and `store_matrix`, which fill
-// and empty these buffers, are the only functions that know layouts and storage types.
+// type and the zeros around the map are really there. `load_pixels`, `load_matrix` and
+// `store_matrix`, which fill and empty these buffers, are the only functions that know layouts and
+// storage types.
 //
 // Work goes row by row of the source locations, and in a row tile by tile: as many locations as a
 // vector has lanes. The k rows of features around the current one are kept as a ring.
@@ -288,6 +289,40 @@ Matrix pixels_of(const Map& map, const Blocks<A>& blocks, const Row& at, int64_t
           map.column_stride, map.channel_stride};
 }
 
+// `count` pixels from `column` on of one row of a map, in blocks of channels:
+// target[block][pixel][channel].
+template <typename A>
+void load_pixels(A* target, int64_t block_size, const Blocks<A>& blocks, const Map& map,
+                 const Row& at, int64_t row, int64_t column, int64_t count) {
+  if (map.channel_stride != 1) {
+    for (int64_t block = 0; block < blocks.count; ++block, target += block_size) {
+      load_matrix(target, blocks.size, pixels_of(map, blocks, at, block, row, column), count,
+                  blocks.channels_of(block));
+    }
+    return;
+  }
+  // Channels last: pixel by pixel, in the order of the memory. Of one group they lie apart there, so
+  // the processor is told what comes next.
+  constexpr int64_t kAhead = 8;  // pixels
+  const Matrix source = pixels_of(map, blocks, at, 0, row, column);
+  with_elements(A(), source, [&](const auto* elements) {
+    for (int64_t i = 0; i < count; ++i, target += blocks.size, elements += source.row_stride) {
+      const int64_t ahead = minimum(kAhead, count - 1 - i) * source.row_stride;
+      const auto* next = elements;
+      for (int64_t block = 0; block < blocks.count; ++block) {
+        A* to = target + block * block_size;
+        const int64_t channels = blocks.channels_of(block);
+        int64_t c = 0;
+        for (; c + kLanes<A> <= channels; c += kLanes<A>, next += kLanes<A>) {
+          __builtin_prefetch(next + ahead);
+          store(to + c, load(next));
+        }
+        if (c < channels) store(to + c, load_few<A>(next, channels - c));
+      }
+    }
+  });
+}
+
 // k rows of the features or of their gradient, r columns wider than the map on either side:
 // data[block][slot][column][channel], row y in slot y mod k.
 template <typename A>
@@ -334,10 +369,7 @@ struct Ring {
   }
 
   void load_row(const Map& map, const Row& at, int64_t y) const {
-    for (int64_t block = 0; block < blocks.count; ++block) {
-      load_matrix(pixel(block, radius) + slot(y) * row_size, blocks.size,
-                  pixels_of(map, blocks, at, block, y, 0), width, blocks.channels_of(block));
-    }
+    load_pixels(pixel(0, radius) + slot(y) * row_size, block_size, blocks, map, at, y, 0, width);
   }
 
   void store_row(const Map& map, const Row& at, int64_t y) const {
@@ -399,11 +431,10 @@ struct OutputTile {
   }
 
   // Source locations w to w + count.
-  void load_block(int64_t block, const Map& map, const Row& at, int64_t w, int64_t count) const {
+  void load(const Map& map, const Row& at, int64_t w, int64_t count) const {
     for (int64_t dy = 0; dy < scale; ++dy) {
-      load_matrix(pixel(block, 0) + dy * row_size, blocks.size,
-                  pixels_of(map, blocks, at, block, at.h * scale + dy, w * scale), count * scale,
-                  blocks.channels_of(block));
+      load_pixels(pixel(0, 0) + dy * row_size, block_size, blocks, map, at, at.h * scale + dy,
+                  w * scale, count * scale);
     }
   }
 
@@ -683,9 +714,7 @@ size_t backward(const Shape& shape, const Map& grad_output, const Map& features,
       if (needs_weights) weight_tile.load(weights, row, w, in_tile);
       for (int64_t first = 0; first < in_tile; first += tile.step) {
         const int64_t count = minimum(tile.step, in_tile - first);
-        for (int64_t block = 0; block < blocks.count; ++block) {
-          tile.load_block(block, grad_output, row, w + first, count);
-        }
+        tile.load(grad_output, row, w + first, count);
         for (int64_t i = 0; is_own && grad_weights && i < count; ++i) {
           for_parts<kSubpixels>(shape.subpixels(), [&](auto subpixels, int64_t p) {
             for_parts<kTaps>(shape.taps(), [&](auto size, int64_t t) {
