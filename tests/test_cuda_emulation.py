@@ -529,6 +529,11 @@ DOWNSAMPLED = [
     ((2, 20, 34, 6), 1, "cropped"),
     ((2, 34, 18, 36), 1, "expanded"),
 ]
+DOWNSAMPLED_CHANNELS_LAST = [
+    ((2, 20, 8, 10), 1, "dense"),
+    ((1, 48, 1, 3), 3, "dense"),
+    ((2, 136, 19, 7), 2, "expanded"),
+]
 
 
 @OPERATORS
@@ -540,6 +545,17 @@ def test_downsampling_by_two(emulation, kernel, dtypes, fused):
     for shape, group, memory in DOWNSAMPLED:
         case = Case(shape, kernel, group, 1, dtypes, fused=fused, memory=memory, stride=2)
         assert kernels_of_case(emulation, case) == namespaces
+        for multiprocessors in (1, 132):
+            check(emulation, case, multiprocessors)
+
+
+@OPERATORS
+@pytest.mark.parametrize("dtypes", [pair for pair in DTYPES if F64 not in pair], ids=str)
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_downsampling_by_two_in_channels_last(emulation, kernel, dtypes, fused):
+    for shape, group, memory in DOWNSAMPLED_CHANNELS_LAST:
+        case = Case(shape, kernel, group, 1, dtypes, True, fused, memory, stride=2)
+        assert kernels_of_case(emulation, case) == {"downsampling_channels_last"}
         for multiprocessors in (1, 132):
             check(emulation, case, multiprocessors)
 
@@ -674,6 +690,9 @@ void* const kernels[] = {
     reinterpret_cast<void*>(contiguous::forward_kernel<5, float, 2>),
     reinterpret_cast<void*>(downsampling::backward_features_kernel<5, float>),
     reinterpret_cast<void*>(downsampling::backward_weights_kernel<5, float>),
+    reinterpret_cast<void*>(downsampling_channels_last::forward_kernel<5, float>),
+    reinterpret_cast<void*>(downsampling_channels_last::backward_features_kernel<5, float>),
+    reinterpret_cast<void*>(downsampling_channels_last::backward_weights_kernel<5, float>),
     reinterpret_cast<void*>(general::normalizer_kernel<float, float>),
     reinterpret_cast<void*>(general::forward_kernel<double, double, double>),
     reinterpret_cast<void*>(general::normalizer_kernel<double, double>),
@@ -695,6 +714,7 @@ PTX_CASES = [
     Case((2, 12, 5, 3), kernel=9, dtypes=(F64, F64), channels_last=True),
     Case((2, 12, 5, 7), scale=1, stride=2, dtypes=(F64, F64)),
     Case((2, 20, 10, 22), scale=1, stride=2),
+    Case((1, 40, 9, 7), group=2, scale=1, channels_last=True, stride=2),
 ]
 
 

@@ -100,6 +100,7 @@ SMALL_CASES = [
     Case((1, 70, 10, 12), kernel=5, dtype=F16, kernels_dtype=F32),
     Case((2, 12, 6, 5), kernel=5, group=3, dtype=F64),
     *(Case((2, 12, 8, 22), k, 2, 2, t) for k in (3, 5) for t in (F32, F16)),  # with even sides
+    *(Case((1, 40, 5, 9), k, 2, 2, F32) for k in (3, 5)),  # enough channels for channels_last
 ]
 
 

@@ -4,6 +4,7 @@
 //   tensor_cores.cuh   the same for half types, where the GPU has the instructions
 //   channels_last.cuh  (N, H, W, C) in memory: a lane is some channels
 //   downsampling.cuh   downsampling by 2, out of what contiguous.cuh has
+//   downsampling_channels_last.cuh
 //   general.cuh        whatever those leave out
 //
 // None uses atomics, so results are bitwise the same from run to run. A Launcher stands for the
@@ -19,6 +20,7 @@
 #include "contiguous.cuh"
 #include "dispatch.h"
 #include "downsampling.cuh"
+#include "downsampling_channels_last.cuh"
 #include "general.cuh"
 #include "tensor_cores.cuh"
 
@@ -37,8 +39,9 @@ bool specialized_forward(Launcher& launcher, const Shape& shape, const Map& feat
                          const Weights& weights, const Map& output) {
   using T = typename Types::Feature;
   if (shape.stride != 1) {
-    return !shape.channels_last &&
-           downsampling::forward<Types>(launcher, shape, features, weights, output);
+    return shape.channels_last
+               ? downsampling_channels_last::forward<T>(launcher, shape, features, weights, output)
+               : downsampling::forward<Types>(launcher, shape, features, weights, output);
   }
   if (shape.channels_last) {
     return channels_last::forward<T>(launcher, shape, features, weights, output);
@@ -58,7 +61,8 @@ bool specialized_backward(Launcher& launcher, const Shape& shape, const Map& gra
     return backward(launcher, shape, grad_output, features, weights, grad_features, grad_weights);
   };
   if (shape.stride != 1) {
-    return !shape.channels_last && run(downsampling::backward<Types, Launcher>);
+    return shape.channels_last ? run(downsampling_channels_last::backward<T, Launcher>)
+                               : run(downsampling::backward<Types, Launcher>);
   }
   if (shape.channels_last) return run(channels_last::backward<T, Launcher>);
   if constexpr (kHalfType<Types>) {
