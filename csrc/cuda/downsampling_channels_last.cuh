@@ -253,9 +253,10 @@ __global__ void __launch_bounds__(kWeightThreads, kWeightBlocks)
 template <typename T>
 bool is_suited(const Shape& shape, const Map& map) {
   constexpr int64_t kFewestChannels = 16;  // with fewer, too many lanes would be idle
+  const int64_t channels = shape.group_channels();
   return shape.stride == kStride && shape.height <= INT32_MAX / 2 && shape.width <= INT32_MAX / 2 &&
-         shape.group_channels() >= kFewestChannels && shape.group_channels() % kVector == 0 &&
-         channels_last::is_suited<T>(shape, map);
+         channels >= kFewestChannels && channels <= INT32_MAX / (kRows * kColumns) &&
+         channels % kVector == 0 && channels_last::is_suited<T>(shape, map);
 }
 
 // Calls body(tiling, blocks): with as little work as possible for the busiest multiprocessor, for
