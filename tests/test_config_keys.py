@@ -43,6 +43,7 @@ ELSEWHERE = {
     "DATASETS.PROPOSAL_FILES_TRAIN": "MODEL.LOAD_PROPOSALS",
     "DATASETS.PROPOSAL_FILES_TEST": "MODEL.LOAD_PROPOSALS",
     "DATALOADER.RANDOM_SUBSET_RATIO": "a sampler of its own",
+    "SOLVER.NUM_DECAYS": "a schedule of its own",
     "CUDNN_BENCHMARK": "default_setup, which reads a copy",
     "FLOAT32_PRECISION": "default_setup, which reads a copy",
     "DATASETS.REGISTER": "load_config",

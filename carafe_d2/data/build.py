@@ -190,11 +190,13 @@ class TrainLoader:
 
 def _train_loader_from_config(cfg: CfgNode) -> dict:
     loader = cfg.DATALOADER
-    options = {}  # read only for the sampler that takes them, so that they are known to be idle
+    # Read only for the sampler that takes them, so that they are known to be idle. Those of `get`
+    # are missing in Detectron2 0.6.
+    options = {}
     if loader.SAMPLER_TRAIN == "RepeatFactorTrainingSampler":
         options["repeat_threshold"] = loader.REPEAT_THRESHOLD
+        options["repeat_sqrt"] = loader.get("REPEAT_SQRT", True)
     if loader.SAMPLER_TRAIN == "RandomSubsetTrainingSampler":
-        # Detectron2 0.6 has the sampler, but not the key.
         options["random_subset_ratio"] = loader.get("RANDOM_SUBSET_RATIO", 1.0)
     return {
         **options,
@@ -223,6 +225,7 @@ def build_train_loader(
     total_batch_size: int,
     sampler: str = "TrainingSampler",
     repeat_threshold: float = 0.0,
+    repeat_sqrt: bool = True,
     random_subset_ratio: float = 1.0,
     aspect_ratio_grouping: bool = True,
     num_workers: int = 0,
@@ -239,6 +242,8 @@ def build_train_loader(
         sampler: "TrainingSampler", "RepeatFactorTrainingSampler" or "RandomSubsetTrainingSampler"
             of Detectron2 (DATALOADER.SAMPLER_TRAIN).
         repeat_threshold: of the second (DATALOADER.REPEAT_THRESHOLD).
+        repeat_sqrt: likewise, whether images are repeated by the square root of what they are rarer
+            than that (DATALOADER.REPEAT_SQRT); Detectron2 0.6 knows no other way.
         random_subset_ratio: of the third (DATALOADER.RANDOM_SUBSET_RATIO).
         aspect_ratio_grouping: whether a process batches images of one orientation together.
         num_workers: data-loading processes of each process.
@@ -251,7 +256,7 @@ def build_train_loader(
         "TrainingSampler": lambda seed: TrainingSampler(len(dataset), seed=seed),
         "RepeatFactorTrainingSampler": lambda seed: RepeatFactorTrainingSampler(
             RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-                dataset, repeat_threshold
+                dataset, repeat_threshold, **({} if repeat_sqrt else {"sqrt": False})
             ),
             seed=seed,
         ),

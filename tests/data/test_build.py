@@ -6,7 +6,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.common import AspectRatioGroupedDataset
-from detectron2.data.samplers import TrainingSampler
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from PIL import Image
 
@@ -165,6 +165,23 @@ def test_loader_from_explicit_arguments(broken_dataset):
         built = build_train_loader(records, sampler=sampler, seed=3, **options)
         assert built.seed == 3
         assert next(iter(built)) == [0, 0]
+
+
+def test_repeat_factors_without_a_square_root(broken_dataset, monkeypatch):
+    """By a key that Detectron2 0.6 lacks, as its sampler does."""
+    cfg = broken_config()
+    cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
+    cfg.DATALOADER.REPEAT_THRESHOLD = 0.5
+    seen = []
+    monkeypatch.setattr(
+        RepeatFactorTrainingSampler,
+        "repeat_factors_from_category_frequency",
+        lambda dataset, threshold, sqrt=True: seen.append((threshold, sqrt)) or torch.ones(1),
+    )
+    for sqrt in (True, False):
+        cfg.DATALOADER.REPEAT_SQRT = sqrt
+        next(iter(build_train_loader(cfg, mapper=lambda record: record["image_id"])))
+    assert seen == [(0.5, True), (0.5, False)]
 
 
 def test_wrong_keys_are_named(broken_dataset, monkeypatch):
