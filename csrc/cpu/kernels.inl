@@ -308,16 +308,16 @@ void load_pixels(A* target, int64_t block_size, const Blocks<A>& blocks, const M
   with_elements(A(), source, [&](const auto* elements) {
     for (int64_t i = 0; i < count; ++i, target += blocks.size, elements += source.row_stride) {
       const int64_t ahead = minimum(kAhead, count - 1 - i) * source.row_stride;
-      const auto* next = elements;
+      const auto* from = elements;
       for (int64_t block = 0; block < blocks.count; ++block) {
         A* to = target + block * block_size;
         const int64_t channels = blocks.channels_of(block);
         int64_t c = 0;
-        for (; c + kLanes<A> <= channels; c += kLanes<A>, next += kLanes<A>) {
-          __builtin_prefetch(next + ahead);
-          store(to + c, load(next));
+        for (; c + kLanes<A> <= channels; c += kLanes<A>, from += kLanes<A>) {
+          __builtin_prefetch(from + ahead);
+          store(to + c, load(from));
         }
-        if (c < channels) store(to + c, load_few<A>(next, channels - c));
+        if (c < channels) store(to + c, load_few<A>(from, channels - c));
       }
     }
   });

@@ -5,6 +5,7 @@
 //   channels_last.cuh  (N, H, W, C) in memory: a lane is some channels
 //   downsampling.cuh   downsampling by 2, out of what contiguous.cuh has
 //   downsampling_channels_last.cuh
+//                      the same in (N, H, W, C)
 //   general.cuh        whatever those leave out
 //
 // None uses atomics, so results are bitwise the same from run to run. A Launcher stands for the

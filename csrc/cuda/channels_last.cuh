@@ -133,6 +133,14 @@ __device__ __forceinline__ Channels<T> load(const T* source) {
   return *reinterpret_cast<const Channels<T>*>(source);
 }
 
+// Zeros, and nothing is read, if the pixel is not one of the map.
+template <typename T>
+__device__ __forceinline__ void load_if(bool is_inside, const T* pixel, float (&values)[kVector]) {
+  Channels<T> channels{};
+  if (is_inside) channels = load(pixel);
+  to_floats(channels, values);
+}
+
 template <typename T>
 __device__ __forceinline__ void store(const float (&values)[kVector], T* target) {
   Vector<T, kVector> vector;
@@ -224,10 +232,8 @@ __global__ void __launch_bounds__(Forward<k>::kThreads, Forward<k>::kBlocks)
     float feature[k][kVector];
 #pragma unroll
     for (int u = 0; u < k; ++u) {
-      const T* pixel = source + x * column + u * row;
-      Channels<T> channels{};
-      if (is_column && is_below(h - r + u, height)) channels = load(pixel);
-      to_floats(channels, feature[u]);
+      const bool is_inside = is_column && is_below(h - r + u, height);
+      load_if(is_inside, source + x * column + u * row, feature[u]);
     }
 #pragma unroll
     for (int j = 0; j < k; ++j) {
@@ -518,13 +524,17 @@ bool is_suited(const Shape& shape, const Map& map) {
          (map.row_stride + map.column_stride) * shape.scale * kReach <= INT32_MAX;
 }
 
+// Whether lanes have channels, and locations fit into 32 bits.
+inline bool is_suited(const Shape& shape) {
+  constexpr int64_t kFewestChannels = 16;  // with fewer, too many lanes would be idle
+  return shape.height <= INT32_MAX / 2 && shape.width <= INT32_MAX / 2 &&
+         shape.group_channels() >= kFewestChannels && shape.group_channels() % kVector == 0;
+}
+
 template <typename T>
 bool is_suited(const Shape& shape, const Map& small, const Map& large) {
-  constexpr int64_t kFewestChannels = 16;  // with fewer, too many lanes would be idle
-  return shape.scale % 2 == 0 && shape.scale <= INT16_MAX && shape.height <= INT32_MAX / 2 &&
-         shape.width <= INT32_MAX / 2 && shape.group_channels() >= kFewestChannels &&
-         shape.group_channels() % kVector == 0 && is_suited<T>(shape, small) &&
-         is_suited<T>(shape, large);
+  return shape.scale % 2 == 0 && shape.scale <= INT16_MAX && is_suited(shape) &&
+         is_suited<T>(shape, small) && is_suited<T>(shape, large);
 }
 
 inline int64_t tiles(const Shape& shape, const Tiling& tiling) {

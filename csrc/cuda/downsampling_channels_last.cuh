@@ -14,10 +14,10 @@
 
 namespace carafe_d2::downsampling_channels_last {
 
-using channels_last::Channels;
 using channels_last::is_below;
 using channels_last::kVector;
 using channels_last::load;
+using channels_last::load_if;
 using channels_last::store;
 using channels_last::take;
 using channels_last::to_floats;
@@ -85,14 +85,6 @@ struct Tile {
     }
   }
 };
-
-// The channels of a pixel, or zeros if it is not one of the map.
-template <typename T>
-__device__ __forceinline__ void load_if(bool is_inside, const T* pixel, float (&values)[kVector]) {
-  Channels<T> channels{};
-  if (is_inside) channels = load(pixel);
-  to_floats(channels, values);
-}
 
 // The weights of a tile and of the locations around it in shared memory: [location][tap], with zeros
 // for those outside the map.
@@ -221,7 +213,7 @@ __global__ void __launch_bounds__(kWeightThreads, kWeightBlocks)
     float sums[kWarpSize] = {};
     for (int vector = lane; vector < tile.vectors; vector += kWarpSize) {
       float gradient[kVector];
-      load_if(true, output + vector * kVector, gradient);
+      to_floats(load(output + vector * kVector), gradient);
 #pragma unroll
       for (int t = 0; t < k * k; ++t) {
         const int u = t / k, v = t % k;
@@ -252,11 +244,9 @@ __global__ void __launch_bounds__(kWeightThreads, kWeightBlocks)
 
 template <typename T>
 bool is_suited(const Shape& shape, const Map& map) {
-  constexpr int64_t kFewestChannels = 16;  // with fewer, too many lanes would be idle
-  const int64_t channels = shape.group_channels();
-  return shape.stride == kStride && shape.height <= INT32_MAX / 2 && shape.width <= INT32_MAX / 2 &&
-         channels >= kFewestChannels && channels <= INT32_MAX / (kRows * kColumns) &&
-         channels % kVector == 0 && channels_last::is_suited<T>(shape, map);
+  return shape.stride == kStride && channels_last::is_suited(shape) &&
+         shape.group_channels() <= INT32_MAX / (kRows * kColumns) &&
+         channels_last::is_suited<T>(shape, map);
 }
 
 // Calls body(tiling, blocks): with as little work as possible for the busiest multiprocessor, for
